@@ -1,0 +1,4 @@
+"""MiniVGGT, the embedded small model with VGGT's interface."""
+
+from moe3d.models.dpt import DPTHead as DPTHead
+from moe3d.models.mini import MiniVGGT as MiniVGGT

@@ -1,0 +1,234 @@
+"""MiniVGGT: a small feed-forward 3D reconstruction network with VGGT's interface.
+
+Wang et al., "VGGT: Visual Geometry Grounded Transformer" (arXiv 2503.11651), describes the architecture that it follows:
+alternating frame-wise and global attention over patch tokens, camera and register tokens per frame, an iterative camera
+head and DPT heads. What differs is size, a convolutional stem in place of DINOv2, and positions that are normalised by the
+image's diagonal, because it is trained on small images from scratch and run on large ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe3d.models.dpt import DPTHead, position_embedding
+from moe3d.models.layers import Block, rotary_table
+
+PATCH_SIZE = 14
+
+
+class Aggregator(nn.Module):
+    """Images to tokens, through ``depth`` pairs of a frame-wise and a global attention block.
+
+    Args:
+        embed_dim: channels of a token.
+        depth: pairs of blocks.
+        num_heads: attention heads; ``embed_dim // num_heads`` must be a multiple of 4.
+        num_register_tokens: register tokens per frame.
+    """
+
+    def __init__(self, embed_dim: int, depth: int, num_heads: int, num_register_tokens: int = 4) -> None:
+        super().__init__()
+        self.head_dim = embed_dim // num_heads
+        self.patch_embed = nn.Sequential(
+            nn.Conv2d(3, 32, kernel_size=3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 32, kernel_size=3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, embed_dim, kernel_size=PATCH_SIZE // 2, stride=PATCH_SIZE // 2),
+        )
+        self.frame_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.global_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        # Index 0 is for the first frame, whose camera is the world, index 1 for all others.
+        self.camera_token = nn.Parameter(torch.empty(1, 2, 1, embed_dim))
+        self.register_token = nn.Parameter(torch.empty(1, 2, num_register_tokens, embed_dim))
+        self.patch_start_idx = 1 + num_register_tokens
+        self.apply(_init_weights)
+        nn.init.trunc_normal_(self.camera_token, std=0.02)
+        nn.init.trunc_normal_(self.register_token, std=0.02)
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
+        """Images [B, S, 3, H, W] in [0, 1] to ``depth`` tensors [B, S, patch_start_idx + P, 2 * embed_dim] and
+        ``patch_start_idx``; the channels are those of the frame-wise block, then those of the global block."""
+        batch, frames = images.shape[:2]
+        tokens, rotation = self._embed(images)
+        everywhere = rotation.repeat(1, frames, 1)
+
+        outputs = []
+        for frame_block, global_block in zip(self.frame_blocks, self.global_blocks):
+            within = frame_block(tokens.flatten(0, 1), rotation).unflatten(0, (batch, frames))
+            tokens = global_block(within.flatten(1, 2), everywhere).unflatten(1, (frames, -1))
+            outputs.append(torch.cat([within, tokens], dim=-1))
+        return outputs, self.patch_start_idx
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, S, N, embed_dim] and the rotary table [2, N, head_dim] of one frame's tokens."""
+        batch, frames, _, height, width = images.shape
+        # Mean and standard deviation of ImageNet over all three channels.
+        patches = self.patch_embed((images.flatten(0, 1) - 0.45) / 0.225)  # [B*S, C, h, w]
+        grid = patches.shape[2:]
+        columns, rows = position_embedding(tuple(grid), patches.shape[1], width / height, images.device)
+        position = torch.cat([columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], dim=-1)
+        patches = patches.movedim(1, -1) + position.to(patches.dtype)
+        special = torch.cat([self.camera_token, self.register_token], dim=2)
+        special = torch.cat([special[:, :1], special[:, 1:].expand(-1, frames - 1, -1, -1)], dim=1)
+        tokens = torch.cat([special.expand(batch, -1, -1, -1), patches.reshape(batch, frames, -1, patches.shape[-1])], 2)
+
+        # Special tokens sit at the image's centre.
+        coordinates = torch.cat([columns.new_zeros(self.patch_start_idx, 2), _patch_positions(grid, images.device)])
+        return tokens, rotary_table(coordinates, self.head_dim)
+
+
+class CameraHead(nn.Module):
+    """Refines each frame's pose encoding from its camera token, attending across frames.
+
+    The pose encoding is VGGT's: translation (3), rotation as quaternion xyzw (4), vertical and horizontal field of view in
+    radians (2), of the world-to-camera transformation in OpenCV axes.
+
+    Args:
+        dim_in: channels of the tokens.
+        dim: channels inside the head.
+        num_heads: attention heads.
+        trunk_depth: attention blocks per iteration.
+    """
+
+    def __init__(self, dim_in: int, dim: int = 128, num_heads: int = 4, trunk_depth: int = 2) -> None:
+        super().__init__()
+        self.token_norm = nn.LayerNorm(dim_in)
+        self.token_proj = nn.Linear(dim_in, dim)
+        self.embed_pose = nn.Linear(9, dim)
+        # Shift, scale and gate of adaptive layer normalisation (Peebles and Xie, arXiv 2212.09748).
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.adaptive_norm = nn.LayerNorm(dim, elementwise_affine=False)
+        self.trunk = nn.Sequential(*(Block(dim, num_heads) for _ in range(trunk_depth)))
+        self.trunk_norm = nn.LayerNorm(dim)
+        self.pose_branch = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 9))
+        # Refinement starts from a camera at the origin, about 57 degrees wide: the field of view is off its ReLU's kink.
+        self.initial_pose = nn.Parameter(torch.tensor([0.0, 0, 0, 0, 0, 0, 1, 1, 1]))
+        self.apply(_init_weights)
+
+    def forward(self, aggregated_tokens_list: list[Tensor], num_iterations: int = 4) -> list[Tensor]:
+        """The pose encodings [B, S, 9] after each iteration, the best one last."""
+        tokens = self.token_proj(self.token_norm(aggregated_tokens_list[-1][:, :, 0]))
+        pose = self.initial_pose.expand(*tokens.shape[:2], -1)
+        encodings = []
+        for _ in range(num_iterations):
+            # Each iteration learns to correct what it is given; no gradient flows through the earlier ones.
+            given = pose if not encodings else pose.detach()
+            shift, scale, gate = self.modulation(self.embed_pose(given)).chunk(3, dim=-1)
+            x = tokens + gate * (self.adaptive_norm(tokens) * (1 + scale) + shift)
+            pose = given + self.pose_branch(self.trunk_norm(self.trunk(x)))
+            encodings.append(torch.cat([pose[..., :7], pose[..., 7:].relu()], dim=-1))
+        return encodings
+
+
+class MiniVGGT(nn.Module):
+    """A network of about 4 million parameters with VGGT's attributes, calls and outputs.
+
+    Args:
+        embed_dim: channels of a token.
+        depth: pairs of a frame-wise and a global attention block, at least 4.
+        num_heads: attention heads; ``embed_dim // num_heads`` must be a multiple of 4.
+        features: channels of the DPT heads' fused features, a multiple of 32.
+        enable_point: add the head for world points.
+
+    Raises:
+        ValueError: a size does not fit the above.
+    """
+
+    def __init__(
+        self, embed_dim: int = 192, depth: int = 4, num_heads: int = 4, features: int = 64, enable_point: bool = False
+    ) -> None:
+        super().__init__()
+        _check_sizes(embed_dim, depth, num_heads, features)
+        self.config = {
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "features": features,
+            "enable_point": enable_point,
+        }
+        dpt = {
+            "dim_in": 2 * embed_dim,
+            "patch_size": PATCH_SIZE,
+            "features": features,
+            "out_channels": (3 * features // 4, 3 * features // 2, 2 * features, 2 * features),
+            "intermediate_layer_idx": [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)],
+        }
+        self.aggregator = Aggregator(embed_dim, depth, num_heads)
+        self.camera_head = CameraHead(2 * embed_dim)
+        self.point_head = DPTHead(output_dim=4, activation="inv_log", **dpt) if enable_point else None
+        self.depth_head = DPTHead(output_dim=2, activation="exp", **dpt)
+        self.track_head = None
+
+    def forward(self, images: Tensor) -> dict[str, Tensor | list[Tensor]]:
+        """Reconstruct a sequence of frames; the first frame's camera is the world.
+
+        Args:
+            images: [S, 3, H, W] or [B, S, 3, H, W] in [0, 1], H and W multiples of 14.
+
+        Returns:
+            ``pose_enc`` [B, S, 9] (see :class:`CameraHead`) and ``pose_enc_list``, that of every iteration; ``depth``
+            [B, S, H, W, 1], planar, and ``depth_conf`` [B, S, H, W]; with a point head ``world_points`` [B, S, H, W, 3] and
+            ``world_points_conf`` [B, S, H, W]; in eval mode ``images`` [B, S, 3, H, W]. Lengths are in one unknown unit
+            per sequence.
+
+        Raises:
+            ValueError: ``images`` has another shape.
+        """
+        images = _check_images(images)
+        tokens, patch_start_idx = self.aggregator(images)
+
+        predictions: dict[str, Tensor | list[Tensor]] = {}
+        with torch.autocast(images.device.type, enabled=False):
+            pose_enc_list = self.camera_head(tokens)
+            predictions["pose_enc"] = pose_enc_list[-1]
+            predictions["pose_enc_list"] = pose_enc_list
+            depth, depth_conf = self.depth_head(tokens, images=images, patch_start_idx=patch_start_idx)
+            predictions["depth"] = depth
+            predictions["depth_conf"] = depth_conf
+            if self.point_head is not None:
+                points, points_conf = self.point_head(tokens, images=images, patch_start_idx=patch_start_idx)
+                predictions["world_points"] = points
+                predictions["world_points_conf"] = points_conf
+        if not self.training:
+            predictions["images"] = images
+        return predictions
+
+
+def _patch_positions(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Patch centres [h * w, 2] as (y, x), in units of half the image's diagonal from its centre."""
+    height, width = grid
+    half_diagonal = (height**2 + width**2) ** 0.5 / 2
+    y = torch.arange(height, dtype=torch.float32, device=device) - (height - 1) / 2
+    x = torch.arange(width, dtype=torch.float32, device=device) - (width - 1) / 2
+    return torch.cartesian_prod(y, x) / half_diagonal
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        # PyTorch's default would shrink the image's content to a tenth of the position embedding that is added to it.
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> None:
+    if embed_dim % (4 * num_heads):
+        raise ValueError(f"embed_dim must be a multiple of 4 * num_heads = {4 * num_heads}, got {embed_dim}")
+    if depth < 4:
+        raise ValueError(f"depth must be at least 4, one pair of blocks per layer that the DPT head reads, got {depth}")
+    if features % 32:
+        raise ValueError(f"features must be a multiple of 32, got {features}")
+
+
+def _check_images(images: Tensor) -> Tensor:
+    expected = "[S, 3, H, W] or [B, S, 3, H, W]"
+    if images.ndim not in (4, 5) or images.shape[-3] != 3:
+        raise ValueError(f"images must have shape {expected}, got {list(images.shape)}")
+    height, width = images.shape[-2:]
+    if height < 1 or width < 1 or height % PATCH_SIZE or width % PATCH_SIZE:
+        raise ValueError(f"images must have a height and width that are multiples of {PATCH_SIZE}, got {height}x{width}")
+    return images if images.ndim == 5 else images[None]
