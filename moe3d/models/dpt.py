@@ -256,9 +256,7 @@ class DPTHead(nn.Module):
     def _apply_pos_embed(self, x: Tensor, W: int, H: int, ratio: float = 0.1) -> Tensor:
         height, width = x.shape[2:]
         columns, rows = position_embedding((height, width), x.shape[1], W / H, x.device)
-        embedding = torch.cat(
-            [columns.T[:, None, :].expand(-1, height, -1), rows.T[:, :, None].expand(-1, -1, width)]
-        )
+        embedding = torch.cat([columns.T[:, None, :].expand(-1, height, -1), rows.T[:, :, None].expand(-1, -1, width)])
         return x + (embedding * ratio).to(x.dtype)
 
 

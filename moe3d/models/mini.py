@@ -66,17 +66,20 @@ class Aggregator(nn.Module):
         batch, frames, _, height, width = images.shape
         # Mean and standard deviation of ImageNet over all three channels.
         patches = self.patch_embed((images.flatten(0, 1) - 0.45) / 0.225)  # [B*S, C, h, w]
-        grid = patches.shape[2:]
-        columns, rows = position_embedding(tuple(grid), patches.shape[1], width / height, images.device)
-        position = torch.cat([columns.expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], dim=-1)
-        patches = patches.movedim(1, -1) + position.to(patches.dtype)
-        special = torch.cat([self.camera_token, self.register_token], dim=2)
-        special = torch.cat([special[:, :1], special[:, 1:].expand(-1, frames - 1, -1, -1)], dim=1)
-        tokens = torch.cat([special.expand(batch, -1, -1, -1), patches.reshape(batch, frames, -1, patches.shape[-1])], 2)
+        _, channels, h, w = patches.shape
 
-        # Special tokens sit at the image's centre.
-        coordinates = torch.cat([columns.new_zeros(self.patch_start_idx, 2), _patch_positions(grid, images.device)])
-        return tokens, rotary_table(coordinates, self.head_dim)
+        columns, rows = position_embedding((h, w), channels, width / height, images.device)
+        position = torch.cat([columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], dim=-1)  # [h, w, C]
+        patches = (patches.movedim(1, -1) + position.to(patches.dtype)).reshape(batch, frames, h * w, channels)
+        tokens = torch.cat([self._special_tokens(batch, frames), patches], dim=2)
+
+        centre = columns.new_zeros(self.patch_start_idx, 2)  # where the special tokens sit
+        return tokens, rotary_table(torch.cat([centre, _patch_positions(h, w, images.device)]), self.head_dim)
+
+    def _special_tokens(self, batch: int, frames: int) -> Tensor:
+        tokens = torch.cat([self.camera_token, self.register_token], dim=2)
+        tokens = torch.cat([tokens[:, :1], tokens[:, 1:].expand(-1, frames - 1, -1, -1)], dim=1)
+        return tokens.expand(batch, -1, -1, -1)
 
 
 class CameraHead(nn.Module):
@@ -196,13 +199,11 @@ class MiniVGGT(nn.Module):
         return predictions
 
 
-def _patch_positions(grid: tuple[int, int], device: torch.device) -> Tensor:
+def _patch_positions(h: int, w: int, device: torch.device) -> Tensor:
     """Patch centres [h * w, 2] as (y, x), in units of half the image's diagonal from its centre."""
-    height, width = grid
-    half_diagonal = (height**2 + width**2) ** 0.5 / 2
-    y = torch.arange(height, dtype=torch.float32, device=device) - (height - 1) / 2
-    x = torch.arange(width, dtype=torch.float32, device=device) - (width - 1) / 2
-    return torch.cartesian_prod(y, x) / half_diagonal
+    y = torch.arange(h, dtype=torch.float32, device=device) - (h - 1) / 2
+    x = torch.arange(w, dtype=torch.float32, device=device) - (w - 1) / 2
+    return torch.cartesian_prod(y, x) * 2 / (h**2 + w**2) ** 0.5
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -216,12 +217,14 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> None:
-    if embed_dim % (4 * num_heads):
-        raise ValueError(f"embed_dim must be a multiple of 4 * num_heads = {4 * num_heads}, got {embed_dim}")
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be positive, got {num_heads}")
+    if embed_dim < 1 or embed_dim % (4 * num_heads):
+        raise ValueError(f"embed_dim must be a positive multiple of 4 * num_heads = {4 * num_heads}, got {embed_dim}")
     if depth < 4:
         raise ValueError(f"depth must be at least 4, one pair of blocks per layer that the DPT head reads, got {depth}")
-    if features % 32:
-        raise ValueError(f"features must be a multiple of 32, got {features}")
+    if features < 1 or features % 32:
+        raise ValueError(f"features must be a positive multiple of 32, got {features}")
 
 
 def _check_images(images: Tensor) -> Tensor:
@@ -230,5 +233,7 @@ def _check_images(images: Tensor) -> Tensor:
         raise ValueError(f"images must have shape {expected}, got {list(images.shape)}")
     height, width = images.shape[-2:]
     if height < 1 or width < 1 or height % PATCH_SIZE or width % PATCH_SIZE:
-        raise ValueError(f"images must have a height and width that are multiples of {PATCH_SIZE}, got {height}x{width}")
+        raise ValueError(
+            f"images must have a height and width that are multiples of {PATCH_SIZE}, got {height}x{width}"
+        )
     return images if images.ndim == 5 else images[None]
