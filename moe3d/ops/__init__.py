@@ -1,0 +1,1 @@
+"""The operation: schema and autograd (:mod:`.schema`), dispatch, and one module per backend."""

@@ -1,0 +1,58 @@
+"""The registry of backends, and the choice of one.
+
+To add a backend: subclass :class:`~moe3d.ops.backend.Backend` in a module of this folder and register an instance in ``_REGISTRY``.
+"""
+
+from __future__ import annotations
+
+from moe3d.ops.backend import Backend
+from moe3d.ops.reference import ReferenceBackend
+from moe3d.ops.types import HeadOptions, HeadTensors
+
+
+class PlannedBackend(Backend):
+    """A name that users may ask for already, and that says plainly that this version cannot serve it."""
+
+    def __init__(self, what: str):
+        self._what = what
+
+    def unavailable(self) -> str | None:
+        return f"this version of moe3d does not have its {self._what} yet"
+
+    def forward(self, tensors, options):
+        raise NotImplementedError(self.unavailable())
+
+    def backward(self, tensors, options, cotangents, needs):
+        raise NotImplementedError(self.unavailable())
+
+
+_REGISTRY: dict[str, Backend] = {  # in the order in which "auto" tries them: the fastest first
+    "triton": PlannedBackend("Triton kernels"),
+    "cuda": PlannedBackend("CUDA kernels"),
+    "cpu": PlannedBackend("C++ kernels"),
+    "reference": ReferenceBackend(),
+}
+AUTO = "auto"
+NAMES = (AUTO, *_REGISTRY)
+
+
+def backends() -> dict[str, str | None]:
+    """Each backend's name, with None if it can run on this machine, else the reason why not."""
+    return {name: backend.unavailable() for name, backend in _REGISTRY.items()}
+
+
+def select(name: str, tensors: HeadTensors, options: HeadOptions) -> Backend:
+    """The backend that serves this call; "auto" takes the fastest that can.
+
+    Raises RuntimeError where an explicitly chosen backend cannot run, with the reason.
+    """
+    if name != AUTO:
+        reason = _why_not(_REGISTRY[name], tensors, options)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run here because {reason}")
+        return _REGISTRY[name]
+    return next(b for b in _REGISTRY.values() if _why_not(b, tensors, options) is None)
+
+
+def _why_not(backend: Backend, tensors: HeadTensors, options: HeadOptions) -> str | None:
+    return backend.unavailable() or backend.unsupported(tensors, options)

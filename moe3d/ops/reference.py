@@ -1,0 +1,249 @@
+"""The reference backend: the operation's definition in plain PyTorch, on any device and dtype.
+
+It works frame by frame, so its buffers do not grow with the batch: at 518x518 with N = K*Hd + Hg = 256 and C = 128 in
+float32 about 140 MB for the upsampled features and 275 MB for the hidden activations. Its derivative is written out
+(a backend runs below autograd) and deterministic: sums over frames run in order, and the adjoint of the interpolation
+is a matrix product, where PyTorch's own uses atomics on CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe3d.ops.backend import Backend
+from moe3d.ops.mixture import mix, mix_vjp
+from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
+
+
+class ReferenceBackend(Backend):
+    def unavailable(self) -> str | None:
+        return None
+
+    def unsupported(self, tensors: HeadTensors, options: HeadOptions) -> str | None:
+        if options.precision == "tf32" and tensors.x.device.type != "cuda":
+            return f"precision 'tf32' is arithmetic of CUDA devices, and x is on {tensors.x.device.type!r}"
+        if options.precision in ("tf32", "bf16") and tensors.x.dtype == torch.float64:
+            return f"precision {options.precision!r} would throw away the accuracy of float64 inputs"
+        return None
+
+    def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
+        layers = _Layers.pack(tensors, compute_dtype(tensors.x.dtype, options.precision))
+        with _convolution_arithmetic(options.precision):
+            frames = [_frame_forward(tensors, layers, options, b) for b in range(tensors.x.shape[0])]
+        return MoEOutput(*(None if outputs[0] is None else torch.cat(outputs) for outputs in zip(*frames, strict=True)))
+
+    def backward(
+        self, tensors: HeadTensors, options: HeadOptions, cotangents: MoEOutput, needs: HeadTensors
+    ) -> HeadTensors:
+        layers = _Layers.pack(tensors, compute_dtype(tensors.x.dtype, options.precision))
+        total = _Sums(tensors)
+        with _convolution_arithmetic(options.precision, deterministic=True):
+            for b in range(tensors.x.shape[0]):
+                _frame_backward(tensors, layers, options, cotangents, needs, b, total)
+        return total.gradients(needs)
+
+
+def compute_dtype(x: torch.dtype, precision: str) -> torch.dtype:
+    """The dtype in which the convolutions run: x's own under "auto", float32 (float64 for float64) otherwise."""
+    if precision == "bf16":
+        return torch.bfloat16
+    if precision == "auto" or x == torch.float64:
+        return x
+    return torch.float32
+
+
+def output_dtype(x: torch.dtype) -> torch.dtype:
+    """float32 for 16-bit inputs, else x's own."""
+    return x if x == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def _convolution_arithmetic(precision: str, deterministic: bool = False):
+    """cuDNN's settings for explicit precisions; "auto" leaves the user's as they are. The CPU has one arithmetic."""
+    cudnn = torch.backends.cudnn
+    with contextlib.ExitStack() as stack:
+        if precision != "auto":
+            stack.enter_context(cudnn.flags(enabled=True, benchmark=False, allow_tf32=precision == "tf32"))
+        before = cudnn.deterministic
+        stack.callback(setattr, cudnn, "deterministic", before)
+        cudnn.deterministic = deterministic or before
+        yield
+
+
+class _Layers(NamedTuple):
+    """Both layers of all experts and the gate, side by side: N = K*Hd + Hg hidden channels."""
+
+    w1: Tensor  #           [N, C, 3, 3]
+    b1: Tensor  #           [N]
+    expert_w2: Tensor  #    [K*O, Hd, 1, 1], one group an expert
+    expert_b2: Tensor  #    [K*O]
+    gate_w2: Tensor | None  # [K, Hg, 1, 1]
+    gate_b2: Tensor | None  # [K]
+    experts: int  #         K
+    expert_width: int  #    K*Hd
+
+    @classmethod
+    def pack(cls, t: HeadTensors, dtype: torch.dtype) -> _Layers:
+        w1, b1 = t.expert_w1.flatten(0, 1), t.expert_b1.flatten()
+        if t.has_gate:
+            w1, b1 = torch.cat([w1, t.gate_w1]), torch.cat([b1, t.gate_b1])
+        return cls(
+            w1=w1.to(dtype),
+            b1=b1.to(dtype),
+            expert_w2=t.expert_w2.flatten(0, 1)[:, :, None, None].to(dtype),
+            expert_b2=t.expert_b2.flatten().to(dtype),
+            gate_w2=t.gate_w2[:, :, None, None].to(dtype) if t.has_gate else None,
+            gate_b2=t.gate_b2.to(dtype) if t.has_gate else None,
+            experts=t.expert_w1.shape[0],
+            expert_width=t.expert_w1.shape[0] * t.expert_w1.shape[1],
+        )
+
+
+def _features(t: HeadTensors, options: HeadOptions, frame: int, dtype: torch.dtype) -> Tensor:
+    """F = upsample(x) + pos for one frame, [1, C, H, W]."""
+    x = t.x[frame : frame + 1].to(dtype)
+    size = (options.height, options.width)
+    if x.shape[-2:] != size:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    return x if t.pos_x is None else x + _position_map(t.pos_x, t.pos_y).to(dtype)
+
+
+def _position_map(pos_x: Tensor, pos_y: Tensor) -> Tensor:
+    """[C, H, W] from the separable tables: the first half of the channels by column, the second by row."""
+    size = (pos_x.shape[1], pos_y.shape[0], pos_x.shape[0])
+    return torch.cat([pos_x.T[:, None, :].expand(size), pos_y.T[:, :, None].expand(size)])
+
+
+def _second_layer(hidden: Tensor, layers: _Layers, t: HeadTensors, frame: int) -> tuple[Tensor, Tensor | None]:
+    """The experts' outputs z [1, K, O, H, W] and the gate's logits [1, K, H, W], in the outputs' dtype."""
+    wide = output_dtype(t.x.dtype)
+    z = F.conv2d(hidden[:, : layers.expert_width], layers.expert_w2, layers.expert_b2, groups=layers.experts)
+    z = z.unflatten(1, (layers.experts, -1)).to(wide)
+    if layers.gate_w2 is None:
+        return z, None
+    logits = F.conv2d(hidden[:, layers.expert_width :], layers.gate_w2, layers.gate_b2).to(wide)
+    if t.gate_logits is not None:
+        logits = logits + t.gate_logits[frame : frame + 1].to(wide)
+    return z, logits
+
+
+def _hidden(features: Tensor, layers: _Layers) -> Tensor:
+    """relu(conv(F, W1) + b1) of all experts and the gate, [1, N, H, W]."""
+    return torch.relu(F.conv2d(features, layers.w1, layers.b1, padding=1))
+
+
+def _frame_forward(t: HeadTensors, layers: _Layers, options: HeadOptions, frame: int) -> MoEOutput:
+    hidden = _hidden(_features(t, options, frame, layers.w1.dtype), layers)
+    return mix(*_second_layer(hidden, layers, t, frame), options)
+
+
+class _Sums:
+    """Gradients as they grow: the batch's own frame by frame, the parameters' summed over frames in order."""
+
+    def __init__(self, tensors: HeadTensors):
+        self.tensors = tensors
+        self.wide = output_dtype(tensors.x.dtype)
+        self.sums: dict[str, Tensor] = {}
+        self.frames: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, grad: Tensor) -> None:
+        grad = grad.to(self.wide)
+        self.sums[name] = self.sums[name] + grad if name in self.sums else grad
+
+    def append(self, name: str, grad: Tensor) -> None:
+        self.frames.setdefault(name, []).append(grad)
+
+    def gradients(self, needs: HeadTensors) -> HeadTensors:
+        found = {**self.sums, **{name: torch.cat(frames) for name, frames in self.frames.items()}}
+        return HeadTensors(*(self._one(name, found) if getattr(needs, name) else None for name in HeadTensors._fields))
+
+    def _one(self, name: str, found: dict[str, Tensor]) -> Tensor:
+        like = getattr(self.tensors, name)
+        grad = found.get(name)
+        return torch.zeros_like(like) if grad is None else grad.reshape(like.shape).to(like.dtype)
+
+
+def _frame_backward(
+    t: HeadTensors,
+    layers: _Layers,
+    options: HeadOptions,
+    cotangents: MoEOutput,
+    needs: HeadTensors,
+    frame: int,
+    total: _Sums,
+) -> None:
+    dtype = layers.w1.dtype
+    features = _features(t, options, frame, dtype)
+    hidden = _hidden(features, layers)
+    z, logits = _second_layer(hidden, layers, t, frame)
+    here = MoEOutput(*(None if c is None else c[frame : frame + 1].to(z.dtype) for c in cotangents))
+    grad_z, grad_logits = mix_vjp(z, logits, options, here)
+
+    grad_hidden = torch.empty_like(hidden)
+    grad_z = grad_z.flatten(1, 2).to(dtype)
+    by_expert, expert_hidden = grad_z.unflatten(1, (layers.experts, -1)), hidden[:, : layers.expert_width]
+    if needs.expert_w2:
+        expert_hidden = expert_hidden.unflatten(1, (layers.experts, -1))
+        total.add("expert_w2", torch.einsum("bkohw,bkdhw->kod", by_expert, expert_hidden))
+    if needs.expert_b2:
+        total.add("expert_b2", by_expert.to(total.wide).sum((0, 3, 4)))
+    grad_hidden[:, : layers.expert_width] = F.conv_transpose2d(grad_z, layers.expert_w2, groups=layers.experts)
+    if grad_logits is not None:
+        _gate_backward(grad_logits, hidden, grad_hidden, layers, needs, total)
+
+    grad_hidden = torch.where(hidden <= 0, 0, grad_hidden)  # NaN passes, as through relu
+    if needs.expert_w1 or needs.gate_w1:
+        grad_w1 = torch.nn.grad.conv2d_weight(features, layers.w1.shape, grad_hidden, padding=1)
+        _add_split(total, "expert_w1", "gate_w1", grad_w1, layers.expert_width, needs)
+    if needs.expert_b1 or needs.gate_b1:
+        grad_b1 = grad_hidden.to(total.wide).sum((0, 2, 3))
+        _add_split(total, "expert_b1", "gate_b1", grad_b1, layers.expert_width, needs)
+    if needs.x:
+        grad_features = torch.nn.grad.conv2d_input(features.shape, layers.w1, grad_hidden, padding=1)
+        total.append("x", _upsample_vjp(grad_features.to(total.wide), t.x.shape[-2:]))
+
+
+def _gate_backward(
+    grad_logits: Tensor, hidden: Tensor, grad_hidden: Tensor, layers: _Layers, needs: HeadTensors, total: _Sums
+) -> None:
+    if needs.gate_logits:
+        total.append("gate_logits", grad_logits)
+    if needs.gate_b2:
+        total.add("gate_b2", grad_logits.sum((0, 2, 3)))
+    grad_logits = grad_logits.to(hidden.dtype)
+    if needs.gate_w2:
+        total.add("gate_w2", torch.einsum("bkhw,bdhw->kd", grad_logits, hidden[:, layers.expert_width :]))
+    grad_hidden[:, layers.expert_width :] = F.conv_transpose2d(grad_logits, layers.gate_w2)
+
+
+def _add_split(total: _Sums, experts: str, gate: str, grad: Tensor, width: int, needs: HeadTensors) -> None:
+    if getattr(needs, experts):
+        total.add(experts, grad[:width])
+    if getattr(needs, gate):
+        total.add(gate, grad[width:])
+
+
+def _upsample_vjp(grad: Tensor, size: tuple[int, int]) -> Tensor:
+    """The adjoint of the bilinear upsampling: Uy^T grad Ux, [1, C, H, W] -> [1, C, h, w]."""
+    if grad.shape[-2:] == size:
+        return grad
+    rows = interpolation_matrix(size[0], grad.shape[-2]).to(grad)
+    columns = interpolation_matrix(size[1], grad.shape[-1]).to(grad)
+    return rows.T @ (grad @ columns)
+
+
+def interpolation_matrix(source: int, target: int) -> Tensor:
+    """Bilinear interpolation with align_corners=True along one axis as a matrix [target, source], exact in float64."""
+    position = torch.arange(target, dtype=torch.float64) * ((source - 1) / (target - 1) if target > 1 else 0.0)
+    low = position.floor().clamp(max=source - 1)
+    weight = position - low
+    matrix = torch.zeros(target, source, dtype=torch.float64)
+    index = torch.arange(target)
+    matrix[index, low.long()] += 1 - weight
+    matrix[index, (low.long() + 1).clamp(max=source - 1)] += weight
+    return matrix
