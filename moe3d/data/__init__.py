@@ -1,0 +1,39 @@
+"""Datasets behind one seam: :func:`open_dataset` returns an object with ``.sequences`` and ``.load(sequence, frames)``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from os import PathLike
+
+from moe3d.data.sample import Dataset, Sample
+
+# One line per dataset: name -> "module:class". The module is imported when the dataset is opened, so that opening one
+# never needs the libraries of another. The class is called with (root, split).
+DATASETS = {
+    "motorcycle": "moe3d.data.motorcycle:Motorcycle",
+    "synthetic": "moe3d.data.synthetic:SyntheticDataset",
+}
+
+
+def open_dataset(name: str, root: str | PathLike[str] | None = None, split: str | None = None) -> Dataset:
+    """Open a dataset by name.
+
+    Args:
+        name: one of ``DATASETS``.
+        root: the folder with the dataset's files; ``None`` for those that ship with the package.
+        split: a part of the dataset; ``None`` is the one that evaluations use.
+
+    Returns:
+        An object with ``.sequences`` (sequence name -> frame names) and ``.load(sequence, frames)`` ->
+        :class:`~moe3d.data.sample.Sample`.
+
+    Raises:
+        ValueError: for an unknown name, a split that the dataset does not have, or a root that does not fit.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset '{name}', expected one of {', '.join(sorted(DATASETS))}")
+    module, factory = DATASETS[name].split(":")
+    return getattr(import_module(module), factory)(root, split)
+
+
+__all__ = ["DATASETS", "Dataset", "Sample", "open_dataset"]
