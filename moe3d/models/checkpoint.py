@@ -73,7 +73,8 @@ def _read(path: Path) -> MiniVGGT:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}
+            names = file.keys()
+            state = {name: file.get_tensor(name).float() for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error})") from error
     if metadata.get("model") != "MiniVGGT":

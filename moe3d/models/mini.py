@@ -178,6 +178,7 @@ class MiniVGGT(nn.Module):
 
         Raises:
             ValueError: ``images`` has another shape.
+            TypeError: ``images`` is not floating point.
         """
         images = _check_images(images)
         tokens, patch_start_idx = self.aggregator(images)
@@ -228,12 +229,12 @@ def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> N
 
 
 def _check_images(images: Tensor) -> Tensor:
-    expected = "[S, 3, H, W] or [B, S, 3, H, W]"
-    if images.ndim not in (4, 5) or images.shape[-3] != 3:
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+    if images.ndim not in (4, 5) or images.shape[-3] != 3 or images.shape[-4] < 1:
+        expected = "[S, 3, H, W] or [B, S, 3, H, W] with at least one frame"
         raise ValueError(f"images must have shape {expected}, got {list(images.shape)}")
-    height, width = images.shape[-2:]
-    if height < 1 or width < 1 or height % PATCH_SIZE or width % PATCH_SIZE:
-        raise ValueError(
-            f"images must have a height and width that are multiples of {PATCH_SIZE}, got {height}x{width}"
-        )
+    h, w = images.shape[-2:]
+    if h < 1 or w < 1 or h % PATCH_SIZE or w % PATCH_SIZE:
+        raise ValueError(f"images must have height and width that are multiples of {PATCH_SIZE}, got {h}x{w}")
     return images if images.ndim == 5 else images[None]
