@@ -84,7 +84,7 @@ class Palette:
 
     def table(self) -> Materials:
         """All materials drawn so far."""
-        columns = [np.array(column) for column in zip(*self.rows)]
+        columns = [np.array(column).T for column in zip(*self.rows)]
         kinds = (np.int64, np.float32, np.float32, np.float32, np.float32, np.float32, np.float32, np.int64)
         return Materials(*(column.astype(kind) for column, kind in zip(columns, kinds)))
 

@@ -85,13 +85,16 @@ def intersect(kind: int, origin: Array, direction: Array, size: Array, cutout: A
 
 
 def local_normals(kind: int, points: Array, size: Array) -> Array:
-    """Outward normals [M, 3], not normalised, of surface points [M, 3] of one kind in their shapes' own frames."""
+    """Outward normals [3, P], not normalised, of surface points of one kind in their shapes' frames; size is [3, P]."""
     return _NORMALS[kind](points, size)
 
 
 def _first_positive(*candidates: Array) -> Array:
     """The smallest candidate above zero; inf where there is none."""
-    return np.min([np.where(t > NEAREST_HIT, t, np.inf) for t in candidates], axis=0)
+    smallest = np.inf
+    for t in candidates:
+        smallest = np.minimum(smallest, np.where(t > NEAREST_HIT, t, np.inf))
+    return smallest
 
 
 def _box(origin: Array, direction: Array, size: Array) -> Array:
@@ -135,43 +138,49 @@ def _frustum(origin: Array, direction: Array, size: Array) -> Array:
 
 
 def _torus(origin: Array, direction: Array, size: Array) -> Array:
-    """Sphere tracing to the surface, then Newton steps on the distance function, which converge to float64 accuracy."""
+    """Sphere tracing to near the surface, then Newton steps on the distance, which converge to float64 accuracy."""
     ring, tube, _ = size
     bound = np.array([ring + tube, ring + tube, tube])
-    start = _box(origin, direction, bound)
-    hit = np.full(start.shape, np.inf)
-    active = np.flatnonzero(np.isfinite(start))
-    d = direction.reshape(3, -1)[:, active]
+    start = _box(origin, direction, bound).reshape(-1)
+    ray = np.flatnonzero(np.isfinite(start))
+    origin = origin[:, None]
+    d = direction.reshape(3, -1)[:, ray]
     speed = np.sqrt((d * d).sum(0))
-    t = start.reshape(-1)[active]
-    if (np.abs(origin) <= bound).all():
-        t = np.zeros_like(t)  # the origin is inside the box: its far side is no place to start
-    end = 2 * (np.linalg.norm(origin) + ring + tube) / speed + t
-    for _ in range(96):
-        distance = _torus_distance(origin[:, None] + t * d, ring, tube)
-        arrived = distance < 1e-5 * tube
-        hit.reshape(-1)[active[arrived]] = _torus_polish(origin, d[:, arrived], t[arrived], ring, tube)
+    inside = (np.abs(origin[:, 0]) <= bound).all()  # of the box, whose far side is then no place to start
+    t = np.zeros_like(speed) if inside else start[ray]
+    end = t + 2 * np.linalg.norm(bound) / speed
+    rays, times = [], []
+    for _ in range(64):
+        distance = _torus_distance(origin + t * d, ring, tube)
         t = t + distance / speed
-        left = ~arrived & (t < end)
-        active, d, speed, t, end = active[left], d[:, left], speed[left], t[left], end[left]
-        if not len(active):
+        near = distance < 1e-3 * tube
+        rays.append(ray[near])
+        times.append(t[near])
+        left = ~near & (t < end)
+        ray, d, speed, t, end = ray[left], d[:, left], speed[left], t[left], end[left]
+        if not len(ray):
             break
+    ray, t = np.concatenate(rays), np.concatenate(times)
+    hit = np.full(direction.shape[1:], np.inf)
+    hit.reshape(-1)[ray] = _torus_polish(origin, direction.reshape(3, -1)[:, ray], t, ring, tube)
     return hit
 
 
 def _torus_distance(p: Array, ring: float, tube: float) -> Array:
-    return np.hypot(np.hypot(p[0], p[1]) - ring, p[2]) - tube
+    across = np.sqrt(p[0] * p[0] + p[1] * p[1]) - ring
+    return np.sqrt(across * across + p[2] * p[2]) - tube
 
 
 def _torus_polish(origin: Array, d: Array, t: Array, ring: float, tube: float) -> Array:
-    for _ in range(2):
-        p = origin[:, None] + t * d
-        rho = np.hypot(p[0], p[1])
-        across = np.stack([p[0] * (1 - ring / rho), p[1] * (1 - ring / rho), p[2]])
-        length = np.sqrt((across * across).sum(0))
-        slope = np.minimum((across * d).sum(0) / length, -1e-3)  # a grazing ray has no slope to follow
-        t = t - (length - tube) / slope
-    return t
+    """Newton's method from close by; inf for rays that only graze the neighbourhood of the surface."""
+    for _ in range(5):
+        p = origin + t * d
+        inward = 1 - ring / np.sqrt(p[0] * p[0] + p[1] * p[1])
+        distance = _torus_distance(p, ring, tube)
+        slope = (p[0] * d[0] + p[1] * d[1]) * inward + p[2] * d[2]
+        t = t - distance * (distance + tube) / slope
+    on_surface = np.abs(_torus_distance(origin + t * d, ring, tube)) < 1e-9
+    return np.where(on_surface & (t > NEAREST_HIT), t, np.inf)
 
 
 def _panel(origin: Array, direction: Array, size: Array, cutout: Array) -> Array:
@@ -220,27 +229,28 @@ def _spokes(x: Array, y: Array, size: Array, count: float, width: float, twist: 
 
 def _box_normals(points: Array, size: Array) -> Array:
     ratio = points / size
-    face = np.abs(ratio).argmax(1)[:, None]
-    normals = np.zeros_like(points)
-    np.put_along_axis(normals, face, np.sign(np.take_along_axis(ratio, face, 1)), 1)
-    return normals
+    reach = np.abs(ratio)
+    return np.where(reach == reach.max(0), np.sign(ratio), 0)
 
 
 def _frustum_normals(points: Array, size: Array) -> Array:
-    bottom, top, half = size.T
+    bottom, top, half = size
     slope = (top - bottom) / (2 * half)
-    rho = np.hypot(points[:, 0], points[:, 1])
-    to_side = np.abs(rho - (bottom + top) / 2 - slope * points[:, 2])
-    cap = half - np.abs(points[:, 2]) < to_side
-    side = np.stack([points[:, 0], points[:, 1], -slope * rho], 1)
-    ends = np.stack([0 * rho, 0 * rho, np.sign(points[:, 2])], 1)
-    return np.where(cap[:, None], ends, side)
+    x, y, z = points
+    rho = np.sqrt(x * x + y * y)
+    to_side = np.abs(rho - (bottom + top) / 2 - slope * z)
+    cap = half - np.abs(z) < to_side
+    return np.where(cap, [0 * z, 0 * z, z], [x, y, -slope * rho])
 
 
 def _torus_normals(points: Array, size: Array) -> Array:
-    rho = np.hypot(points[:, 0], points[:, 1])
-    inward = 1 - size[:, 0] / rho
-    return np.stack([points[:, 0] * inward, points[:, 1] * inward, points[:, 2]], 1)
+    x, y, z = points
+    inward = 1 - size[0] / np.sqrt(x * x + y * y)
+    return np.stack([x * inward, y * inward, z])
+
+
+def _panel_normals(points: Array, size: Array) -> Array:
+    return np.stack([0 * points[0], 0 * points[1], 0 * points[2] + 1])
 
 
 _SOLIDS: dict[int, Callable[..., Array]] = {BOX: _box, ELLIPSOID: _ellipsoid, FRUSTUM: _frustum, TORUS: _torus}
@@ -257,5 +267,5 @@ _NORMALS: dict[int, Callable[[Array, Array], Array]] = {
     ELLIPSOID: lambda points, size: points / size**2,
     FRUSTUM: _frustum_normals,
     TORUS: _torus_normals,
-    PANEL: lambda points, size: np.broadcast_to(np.array([0.0, 0.0, 1.0]), points.shape),
+    PANEL: _panel_normals,
 }

@@ -1,7 +1,7 @@
 """Ray casting of a scene: exact depth and normals at pixel centres, and an image as a camera would have taken it.
 
-Rays are cast every half pixel. Those through pixel centres give depth and normals; colour is the tent-weighted mean
-(1-2-1 in both directions) of the nine rays of a pixel, so edges are antialiased in the image and sharp in the depth.
+Rays are cast every half pixel. Those through pixel centres give depth and normals; a pixel's colour is half its
+centre's and an eighth of each of its corners', so edges are antialiased in the image and sharp in the depth.
 """
 
 from __future__ import annotations
@@ -177,73 +177,85 @@ class Renderer:
         band = max(1, SAMPLES_AT_ONCE // (4 * width))
         for top in range(0, height, band):
             rows = slice(top, min(top + band, height))
-            t, index = trace(self.scene.primitives, camera, x, y[2 * rows.start : 2 * rows.stop + 1])
-            colour, normal = self._shade(camera, x, y[2 * rows.start : 2 * rows.stop + 1], t, index, 0.5 / focal)
-            radiance[rows] = _tent(colour)
+            y_band = y[2 * rows.start : 2 * rows.stop + 1]
+            t, index = trace(self.scene.primitives, camera, x, y_band)
             depth[rows] = np.where(np.isfinite(t), t, 0)[1::2, 1::2]
-            normals[rows] = normal[1::2, 1::2] @ camera.rotation.T.astype(np.float32)
+            centres, normals[rows] = self._shade(camera, x[1::2], y_band[1::2], t[1::2, 1::2], index[1::2, 1::2])
+            corners, _ = self._shade(camera, x[::2], y_band[::2], t[::2, ::2], index[::2, ::2])
+            radiance[rows] = 0.5 * centres + 0.125 * (
+                corners[:-1, :-1] + corners[:-1, 1:] + corners[1:, :-1] + corners[1:, 1:]
+            )
         return View(radiance, depth, normals)
 
-    def _shade(
-        self, camera: Camera, x: Array, y: Array, t: Array, index: Array, spacing: float
-    ) -> tuple[Array, Array]:
-        """Colours and world normals [rows, columns, 3] of traced rays ``spacing`` apart at depth 1."""
+    def _shade(self, camera: Camera, x: Array, y: Array, t: Array, index: Array) -> tuple[Array, Array]:
+        """Colours and camera-frame normals [rows, columns, 3] of traced rays.
+
+        Vectors are [3, P] float32 here: NumPy is slow on arrays whose last dimension is 3.
+        """
         scene, primitives = self.scene, self.scene.primitives
-        rays = np.stack(np.broadcast_arrays(x, y[:, None], 1.0), -1).reshape(-1, 3) @ camera.rotation
-        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-        colour = _sky(rays, scene.sky)
-        normals = np.zeros_like(colour)
-        hit = np.flatnonzero(index.reshape(-1) >= 0)
-        which, toward = index.reshape(-1)[hit], -rays[hit]
-        planar = t.reshape(-1)[hit]
-        distance = planar / (toward @ -camera.rotation[2])
-        points = camera.position - distance[:, None] * toward
-        rotation = primitives.rotation[which]
-        local = np.einsum("nji,nj->ni", rotation, points - primitives.centre[which])
-        local_normal = np.empty_like(local)
-        for kind in np.unique(primitives.kind):
-            chosen = np.flatnonzero(primitives.kind[which] == kind)
-            local_normal[chosen] = local_normals(kind, local[chosen], primitives.size[which[chosen]])
-        normal = np.einsum("nij,nj->ni", rotation, local_normal)
-        facing = np.einsum("ni,ni->n", normal, toward)
-        normal *= (np.copysign(1.0, facing) / np.linalg.norm(normal, axis=1))[:, None]
-        normals[hit] = normal
+        turn = camera.rotation.astype(np.float32)
+        rays = turn.T @ np.stack(np.broadcast_arrays(x, y[:, None], 1.0)).reshape(3, -1).astype(np.float32)
+        colour, normals = _sky(rays, scene.sky), np.zeros_like(rays)
+        hit = np.flatnonzero(index >= 0)
+        which, depth = index.reshape(-1)[hit], t.reshape(-1)[hit].astype(np.float32)
+        offset = depth * rays[:, hit]  # from the camera
+        to_local = primitives.rotation.transpose(2, 1, 0)
+        origin = np.einsum("ijn,nj->in", to_local, camera.position - primitives.centre).astype(np.float32)
+        to_local = np.take(to_local.astype(np.float32), which, axis=2)
+        local = np.take(origin, which, axis=1) + np.stack([_dot(row, offset) for row in to_local])
+        local_normal = self._local_normals(which, local)
+        normal = np.stack([_dot(column, local_normal) for column in to_local.transpose(1, 0, 2)])
+        toward = -offset / np.sqrt(_dot(offset, offset))
+        normal *= np.copysign(1 / np.sqrt(_dot(normal, normal)), _dot(normal, toward))
+        normals[:, hit] = turn @ normal
         material = scene.materials[scene.material[which]]
-        points, normal, toward, local, local_normal, planar = (
-            v.astype(np.float32) for v in (points, normal, toward, local, local_normal, planar)
-        )
-        base = albedo(material, local, local_normal, planar * np.float32(spacing))
-        colour[hit] = self._lit(material, base, points, normal, toward)
-        shape = (len(y), len(x), 3)
-        return colour.reshape(shape), normals.reshape(shape)
+        footprint = depth * np.float32(x[1] - x[0])
+        base = albedo(material, local, local_normal, footprint)
+        points = offset + camera.position.astype(np.float32)[:, None]
+        colour[:, hit] = self._lit(material, base, points, normal, toward)
+        return colour.T.reshape(*t.shape, 3), normals.T.reshape(*t.shape, 3)
+
+    def _local_normals(self, which: Array, points: Array) -> Array:
+        """Unnormalised outward normals [3, P] of points [3, P] on the primitives ``which`` [P], in their frames."""
+        normals = np.empty_like(points)
+        kinds = self.scene.primitives.kind[which]
+        sizes = self.scene.primitives.size.T.astype(np.float32)
+        for kind in np.unique(self.scene.primitives.kind):
+            chosen = np.flatnonzero(kinds == kind)
+            normals[:, chosen] = local_normals(kind, points[:, chosen], sizes[:, which[chosen]])
+        return normals
 
     def _lit(self, material: Materials, base: Array, points: Array, normal: Array, toward: Array) -> Array:
-        """Radiance [P, 3] towards the camera: ambient, Lambert, and Blinn-Phong highlights."""
-        below, above = self.scene.ambient.astype(np.float32)
-        light = below + (above - below) * (0.5 + 0.5 * normal[:, 2:])
+        """Radiance [3, P] towards the camera: ambient, Lambert, and Blinn-Phong highlights."""
+        below, above = self.scene.ambient.astype(np.float32)[..., None]
+        light = below + (above - below) * (0.5 + 0.5 * normal[2])
         highlight = np.zeros_like(light)
         for lamp, shadow in zip(self.scene.lights, self._shadows):
-            to_lamp = lamp.camera.position.astype(np.float32) - points
-            square = np.einsum("ni,ni->n", to_lamp, to_lamp)
-            to_lamp /= np.sqrt(square)[:, None]
-            arriving = lamp.reach**2 / (0.3 * lamp.reach**2 + 0.7 * square)
+            to_lamp = lamp.camera.position.astype(np.float32)[:, None] - points
+            square = _dot(to_lamp, to_lamp)
+            to_lamp /= np.sqrt(square)
+            reach = np.float32(lamp.reach**2)
+            arriving = reach / (np.float32(0.3) * reach + np.float32(0.7) * square)
             if shadow is not None:
                 arriving *= _visibility(shadow, lamp.camera, points, normal)
-            cosine = np.maximum(np.einsum("ni,ni->n", normal, to_lamp), 0)
-            colour = lamp.colour.astype(np.float32)
-            light += (arriving * cosine)[:, None] * colour
+            cosine = np.maximum(_dot(normal, to_lamp), 0)
             half = to_lamp + toward
-            half /= np.linalg.norm(half, axis=1, keepdims=True)
-            shine = np.maximum(np.einsum("ni,ni->n", normal, half), 1e-4) ** material.gloss
-            highlight += (arriving * (cosine > 0) * shine * material.specular)[:, None] * colour
+            shine = np.maximum(_dot(normal, half), 1e-4) / np.sqrt(_dot(half, half))
+            colour = lamp.colour.astype(np.float32)[:, None]
+            light += colour * (arriving * cosine)
+            highlight += colour * (arriving * (cosine > 0) * material.specular * shine**material.gloss)
         return base * light + highlight
 
 
+def _dot(a: Array, b: Array) -> Array:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
 def _sky(rays: Array, colours: Array) -> Array:
-    """[P, 3] a smooth gradient from horizon to zenith."""
-    height = np.clip(rays[:, 2:], 0, 1).astype(np.float32) ** np.float32(0.6)
-    horizon, zenith = colours.astype(np.float32)
-    return horizon + (zenith - horizon) * height
+    """[3, P] a smooth gradient from horizon to zenith."""
+    height = np.maximum(rays[2], 0) / np.sqrt(_dot(rays, rays))
+    horizon, zenith = colours.astype(np.float32)[..., None]
+    return horizon + (zenith - horizon) * np.sqrt(height)
 
 
 def _shadow_map(primitives: Primitives, light: Light) -> Array:
@@ -254,29 +266,22 @@ def _shadow_map(primitives: Primitives, light: Light) -> Array:
 
 def _visibility(shadow: Array, camera: Camera, points: Array, normal: Array) -> Array:
     """[P] in [0, 1]: the part of four neighbouring shadow rays that reach the point; 1 outside the map."""
-    reach = np.tan(0.5 * camera.fov)
+    reach = np.float32(np.tan(0.5 * camera.fov))
     texel = 2 * reach / (SHADOW_MAP - 1)
-    position, rotation = camera.position.astype(np.float32), camera.rotation.astype(np.float32)
-    depth = (points - position) @ rotation[2]
-    lifted = points + normal * (1.5 * texel * np.abs(depth) + 0.005)[:, None]  # a shadow ray's width off the surface
-    x, y, z = ((lifted - position) @ rotation.T).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        column, row = (x / z + reach) / texel, (y / z + reach) / texel
-    inside = (z > NEAR) & (column > 0) & (row > 0) & (column < SHADOW_MAP - 1) & (row < SHADOW_MAP - 1)
+    rotation = camera.rotation.astype(np.float32)
+    from_lamp = points - camera.position.astype(np.float32)[:, None]
+    lift = np.float32(1.5) * texel * np.abs(rotation[2] @ from_lamp) + np.float32(0.005)
+    x, y, z = rotation @ (from_lamp + normal * lift)  # a shadow ray's width off the surface
+    column, row = (x / z + reach) / texel, (y / z + reach) / texel
+    inside = (z > NEAR) & (np.minimum(column, row) > 0) & (np.maximum(column, row) < SHADOW_MAP - 1)
     column, row = np.where(inside, column, 0), np.where(inside, row, 0)
     left, top = column.astype(np.int32), row.astype(np.int32)
     right_part, lower_part = column - left, row - top
-    seen = np.zeros(len(points), np.float32)
-    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        weight = (right_part if dx else 1 - right_part) * (lower_part if dy else 1 - lower_part)
-        seen += weight * (shadow[top + dy, left + dx] > z - 0.01)
-    return np.where(inside, seen, 1)
-
-
-def _tent(colour: Array) -> Array:
-    """[2H+1, 2W+1, 3] half-pixel samples -> [H, W, 3]."""
-    rows = 0.25 * colour[:-2:2] + 0.5 * colour[1::2] + 0.25 * colour[2::2]
-    return 0.25 * rows[:, :-2:2] + 0.5 * rows[:, 1::2] + 0.25 * rows[:, 2::2]
+    corner, surface, shadow = top * SHADOW_MAP + left, z - np.float32(0.01), shadow.reshape(-1)
+    upper = (1 - right_part) * (shadow[corner] > surface) + right_part * (shadow[corner + 1] > surface)
+    corner += SHADOW_MAP
+    lower = (1 - right_part) * (shadow[corner] > surface) + right_part * (shadow[corner + 1] > surface)
+    return np.where(inside, upper + lower_part * (lower - upper), 1)
 
 
 def expose(radiance: Array, sensor: Sensor, rng: np.random.Generator) -> Array:

@@ -246,7 +246,7 @@ def _room_lights(rng: np.random.Generator, extent: tuple[float, ...]) -> list[Li
         at[2] *= rng.uniform(0.75, 1)
         camera = Camera.look_at(at, np.array([*rng.normal(0, 0.3, 2), 0.2]), np.radians(125))
         strength = rng.uniform(0.5, 1.2) if k == 0 else rng.uniform(0.1, 0.5)
-        lights.append(Light(camera, strength * _tint(rng), float(np.linalg.norm(at)), shadow=k < 2))
+        lights.append(Light(camera, strength * _tint(rng), float(np.linalg.norm(at)), shadow=k == 0))
     return lights
 
 

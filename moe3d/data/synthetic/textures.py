@@ -21,9 +21,9 @@ class Materials:
     pattern: Array
     """[M] int: PLAIN, CHECKER, ..."""
     first: Array
-    """[M, 3] albedo."""
+    """[3, M] albedo."""
     second: Array
-    """[M, 3] albedo the pattern mixes in (mortar, the other squares, ...)."""
+    """[3, M] albedo the pattern mixes in (mortar, the other squares, ...)."""
     scale: Array
     """[M] metres: the pattern's period."""
     dirt: Array
@@ -36,7 +36,7 @@ class Materials:
     """[M] int: tells equal patterns apart."""
 
     def __getitem__(self, index: Array) -> Materials:
-        return Materials(*(getattr(self, field.name)[index] for field in fields(self)))
+        return Materials(*(np.take(getattr(self, field.name), index, axis=-1) for field in fields(self)))
 
 
 def albedo(materials: Materials, points: Array, normals: Array, footprint: Array) -> Array:
@@ -44,88 +44,103 @@ def albedo(materials: Materials, points: Array, normals: Array, footprint: Array
 
     Args:
         materials: one per point.
-        points: [P, 3] float32 in the objects' own frames.
-        normals: [P, 3] in the same frames; a flat pattern lies in the two axes across the normal's largest component.
+        points: [3, P] float32 in the objects' own frames.
+        normals: [3, P] in the same frames; a flat pattern lies in the two axes across the normal's largest component.
         footprint: [P] metres between neighbouring samples; a pattern finer than that fades to its mean.
 
     Returns:
-        [P, 3] float32 linear RGB.
+        [3, P] float32 linear RGB.
     """
-    shift = _hash(materials.seed, 1)[:, None] * np.float32([1.0, 7.3, 3.7])
-    cloud = _noise(points / materials.scale[:, None] / 3 + shift)
+    shift = _hash(materials.seed, 1) * np.float32([[1.0], [7.3], [3.7]])
+    cloud = _noise(points / (3 * materials.scale) + shift)
     grain = _noise(points * np.float32(4.5) + shift)
-    mix, shade = np.zeros(len(points), np.float32), np.ones(len(points), np.float32)
-    print_colour = materials.second.copy()
-    flat = _flat_coordinates(points, normals) / materials.scale[:, None]
+    mix, shade = np.zeros_like(footprint), np.ones_like(footprint)
+    second = materials.second.copy()
+    flat = _flat_coordinates(points, normals) / materials.scale
     for pattern, evaluate in _PATTERNS.items():
         chosen = np.flatnonzero(materials.pattern == pattern)
         if len(chosen):
-            evaluated = evaluate(flat[chosen], materials.seed[chosen], cloud[chosen], grain[chosen])
-            mix[chosen], shade[chosen] = evaluated[:2]
+            seed = materials.seed[chosen]
+            mix[chosen], shade[chosen] = evaluate(flat[:, chosen], seed, cloud[chosen], grain[chosen])
             if pattern == PRINT:
-                print_colour[chosen] = evaluated[2]
+                second[:, chosen] = _ink(flat[:, chosen], seed)
     visible = np.clip(materials.scale / (2 * footprint) - 0.5, 0, 1)
-    mix = 0.4 + (mix - 0.4) * np.where(materials.pattern == PLAIN, 1, visible)
-    shade *= 1 + materials.dirt * (1.2 * (grain - 0.5) * np.clip(0.05 / footprint, 0, 1) + 1.4 * (cloud - 0.5))
-    colour = materials.first + (print_colour - materials.first) * mix[:, None]
-    return np.clip(colour * shade[:, None], 0.004, 0.95)
+    mix = np.where(materials.pattern == PLAIN, 0, 0.4 + (mix - 0.4) * visible)
+    fine, coarse = 1.2 * (grain - 0.5) * np.clip(0.05 / footprint, 0, 1), 1.4 * (cloud - 0.5)
+    shade *= 1 + materials.dirt * (fine + coarse)
+    colour = materials.first + (second - materials.first) * mix
+    return np.clip(colour * shade, 0.004, 0.95)
 
 
 def _flat_coordinates(points: Array, normals: Array) -> Array:
-    """[P, 2]: the coordinates across the normal's dominant axis; heights stay second, so bricks lie flat on walls."""
-    axis = np.abs(normals).argmax(1)
-    return np.stack([np.where(axis == 0, points[:, 1], points[:, 0]), np.where(axis == 2, *points.T[1:])], 1)
+    """[2, P]: the coordinates across the normal's dominant axis; heights stay second, so bricks lie flat on walls."""
+    axis = np.abs(normals).argmax(0)
+    x, y, z = points
+    return np.stack([np.where(axis == 0, y, x), np.where(axis == 2, y, z)])
 
 
-def _checker(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
-    return np.floor(flat).sum(1) % 2, 1.0
+# A pattern maps flat coordinates [2, P] in periods, seeds, and two noises [P] to a mix of the material's two colours
+# and a factor on the brightness.
 
 
-def _stripes(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
-    upright = seed % 2 == 0
-    across = np.where(upright, flat[:, 0], flat[:, 1])
+def _checker(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
+    return np.floor(flat).sum(0) % 2, 1.0
+
+
+def _stripes(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
+    across = np.where(seed % 2 == 0, flat[0], flat[1])
     return (across % 1 < 0.25 + 0.5 * _hash(seed, 2)), 1.0
 
 
-def _clouds(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
+def _clouds(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
     return np.clip(0.5 + 3 * (cloud - 0.5), 0, 1), 1.0
 
 
-def _bricks(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
-    row = np.floor(3 * flat[:, 1])
-    along = flat[:, 0] + 0.5 * (row % 2)
-    mortar = (along % 1 < 0.05) | (3 * flat[:, 1] % 1 < 0.14)
+def _bricks(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
+    height = 3 * flat[1]
+    row = np.floor(height)
+    along = flat[0] + 0.5 * (row % 2)
+    mortar = (along % 1 < 0.05) | (height - row < 0.14)
     return mortar, 0.75 + 0.5 * _hash_cells(np.floor(along), row, seed)
 
 
-def _planks(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
+def _planks(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
     """Boards one unit wide with a fine grain along them."""
-    across, along = np.where((seed % 2 == 0)[:, None], flat, flat[:, ::-1]).T
+    upright = seed % 2 == 0
+    across, along = np.where(upright, flat, flat[::-1])
     board = np.floor(across)
-    fibre = _noise(np.stack([2.0 * across, 0.12 * along, 0.37 * board], 1).astype(np.float32))
-    gap = across % 1 < 0.04
+    fibre = _noise(np.stack([2 * across, np.float32(0.12) * along, np.float32(0.37) * board]))
+    gap = across - board < 0.04
     return np.where(gap, 1, np.clip(1.6 * (fibre - 0.35), 0, 0.8)), 0.7 + 0.5 * _hash_cells(board, 0 * board, seed)
 
 
-def _speckle(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
-    cell = np.floor(6 * flat + 3 * grain[:, None])
-    return _hash_cells(*cell.T, seed) < 0.3, 1.0
+def _speckle(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
+    return _hash_cells(*np.floor(6 * flat + 3 * grain), seed) < 0.3, 1.0
 
 
-def _tiles(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
-    joint = (flat % 1 < 0.035).any(1)
-    return joint, 0.85 + 0.3 * _hash_cells(*np.floor(flat).T, seed)
+def _tiles(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
+    joint = (flat % 1 < 0.035).any(0)
+    return joint, 0.85 + 0.3 * _hash_cells(*np.floor(flat), seed)
 
 
-def _print(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, ...]:
-    """Labels, posters, lettering: blocks of colour on the first colour, in rows of different widths."""
-    row = np.floor(5 * flat[:, 1])
-    width = 1 + np.floor(5 * _hash_cells(row, 0 * row, seed))
-    column = np.floor(flat[:, 0] * width)
-    colour = np.stack([_hash_cells(column, row, seed + channel) for channel in (1, 2, 3)], 1)
-    grey = _hash_cells(column, row, seed + 4)[:, None]
-    inked = _hash_cells(column, row, seed + 5) < 0.6
-    return inked, 1.0, np.where(grey < 0.5, 2 * grey**2, colour**2)
+def _print(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
+    """Labels, posters, lettering: blocks of ink, whose colour is :func:`_ink`, on the first colour."""
+    return _hash_cells(*_print_cells(flat, seed), seed + 5) < 0.6, 1.0
+
+
+def _ink(flat: Array, seed: Array) -> Array:
+    """[3, P] the colour of the print's block under each point, every other one grey."""
+    column, row = _print_cells(flat, seed)
+    grey = _hash_cells(column, row, seed + 4)
+    colour = np.stack([_hash_cells(column, row, seed + channel) for channel in (1, 2, 3)])
+    return np.where(grey < 0.5, 2 * grey**2, colour**2)
+
+
+def _print_cells(flat: Array, seed: Array) -> tuple[Array, Array]:
+    """Columns and rows of blocks, whose width differs from row to row."""
+    row = np.floor(5 * flat[1])
+    per_period = 1 + np.floor(5 * _hash_cells(row, 0 * row, seed))
+    return np.floor(flat[0] * per_period), row
 
 
 _PATTERNS = {
@@ -170,7 +185,7 @@ def _noise_volume() -> torch.Tensor:
 
 
 def _noise(points: Array) -> Array:
-    """[P] fractal noise in [0, 1] of period 1 in each coordinate of ``points`` [P, 3]."""
-    grid = torch.from_numpy(2 * (points % 1) - 1).view(1, -1, 1, 1, 3)
+    """[P] fractal noise in [0, 1] of period 1 in each coordinate of ``points`` [3, P]."""
+    grid = torch.from_numpy(np.ascontiguousarray((2 * (points - np.floor(points)) - 1).T)).view(1, -1, 1, 1, 3)
     sampled = torch.nn.functional.grid_sample(_noise_volume(), grid, align_corners=True, padding_mode="border")
     return sampled.view(-1).numpy()
