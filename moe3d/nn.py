@@ -253,9 +253,10 @@ class ImageGate(nn.Module):
 
     def __init__(self, num_experts: int, hidden: int = 16):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, hidden, 3, padding=1)
-        self.out = nn.Conv2d(hidden, num_experts, 1)
+        # skip_init: nn.Conv2d's own initialisation would advance the global random state.
+        self.conv1 = nn.utils.skip_init(nn.Conv2d, 3, hidden, 3, padding=1)
+        self.conv2 = nn.utils.skip_init(nn.Conv2d, hidden, hidden, 3, padding=1)
+        self.out = nn.utils.skip_init(nn.Conv2d, hidden, num_experts, 1)
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:

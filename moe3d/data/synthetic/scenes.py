@@ -23,6 +23,7 @@ from moe3d.data.synthetic.render import Camera, Light, Scene
 
 MAX_VIEWS = 8
 CLEARANCE = 0.3  # metres that a camera keeps from things
+SURFACES = [textures.PLAIN, textures.PLANKS, textures.BRICKS, textures.CLOUDS, textures.TILES]  # of walls
 Array = np.ndarray
 
 
@@ -55,7 +56,7 @@ def _draw_cameras(rng: np.random.Generator, setting: str) -> tuple[list[Camera],
 
     A wide lens stands nearer, so that the middle of the scene fills the picture.
     """
-    fov = np.radians(rng.uniform(38, 75))
+    fov = np.radians(38 + 38 * rng.beta(1.0, 1.5))
     if setting == "table":
         distance, height = rng.uniform(0.6, 1.3), rng.uniform(0.2, 0.8)
         target = np.array([0, 0, rng.uniform(0.0, 0.15)])
@@ -102,11 +103,11 @@ class _Floor:
         self.rng = rng
         self.taken: list[tuple[Array, float]] = []
 
-    def find(self, radius: float, low: Array, high: Array, tries: int = 12) -> Array | None:
+    def find(self, radius: float, low: Array, high: Array, tries: int = 20) -> Array | None:
         """A place for a disc within the rectangle that touches no other, if one is found."""
         for _ in range(tries):
             place_at = self.rng.uniform(low, high)
-            if all(np.linalg.norm(place_at - other) > 0.75 * (radius + r) for other, r in self.taken):
+            if all(np.linalg.norm(place_at - other) > 0.6 * (radius + r) for other, r in self.taken):
                 self.taken.append((place_at, radius))
                 return place_at
         return None
@@ -138,7 +139,7 @@ def _room(
     parts += _against_walls(rng, palette, floor, (left, right, front, back, height))
     low = np.array([max(left + 0.4, -0.9 * distance), -0.45 * distance])
     high = np.array([min(right - 0.4, 0.9 * distance), back - 0.5])
-    parts += _furnish(rng, palette, floor, rng.integers(2, 12), low, np.maximum(high, low + 0.1))
+    parts += _furnish(rng, palette, floor, rng.integers(3, 16), low, np.maximum(high, low + 0.1))
     if rng.random() < 0.25:
         parts += _occluder(rng, palette, positions[0])
     lights = _room_lights(rng, (left, right, front, back, height))
@@ -153,10 +154,9 @@ def _shell(rng: np.random.Generator, palette: Palette, extent: tuple[float, ...]
     floor_pattern = rng.choice([textures.CLOUDS, textures.PLANKS, textures.TILES, textures.SPECKLE, textures.PLAIN])
     scale = {textures.TILES: rng.uniform(0.15, 0.6), textures.PLANKS: rng.uniform(0.08, 0.2)}.get(floor_pattern, 0.5)
     ground = palette.new(floor_pattern, scale, specular=rng.choice([0.0, 0.05, 0.15]))
-    wall_pattern = rng.choice([textures.PLAIN, textures.PLANKS, textures.BRICKS, textures.CLOUDS, textures.TILES])
-    wall = palette.new(wall_pattern, rng.uniform(0.15, 0.35), specular=0.0)
+    wall = palette.new(rng.choice(SURFACES), rng.uniform(0.15, 0.35), specular=0.0)
     ceiling = palette.new(textures.PLAIN, first=np.full(3, rng.uniform(0.3, 0.85)))
-    beyond = palette.new(specular=0.0)
+    beyond = palette.new(rng.choice(SURFACES), 0.5, specular=0.0)
     depth = rng.uniform(0.6, 4)
     parts = [
         panel([*middle, 0], [0, 0, 1], width + 12, length + 12, ground),
@@ -198,11 +198,11 @@ def _wall_decoration(rng: np.random.Generator, palette: Palette, extent: tuple[f
 
 
 def _hero(rng: np.random.Generator, palette: Palette, floor: _Floor) -> list[Part]:
-    """One or two things in the middle of the picture."""
+    """One to three things in the middle of the picture."""
     parts = []
-    for _ in range(rng.integers(1, 3)):
+    for _ in range(rng.integers(1, 4)):
         maker, radius = _pick(rng, FURNITURE)
-        at = floor.find(radius, np.array([-0.6, -0.5]), np.array([0.6, 0.5]))
+        at = floor.find(radius, np.array([-0.7, -0.5]), np.array([0.7, 0.6]))
         if at is not None:
             parts += place(maker(rng, palette), [*at, 0], rng.normal(0, 0.8) + np.pi * rng.integers(2))
     return parts
@@ -213,7 +213,7 @@ def _against_walls(
 ) -> list[Part]:
     left, right, front, back, _ = extent
     parts = []
-    for _ in range(rng.integers(1, 6)):
+    for _ in range(rng.integers(2, 9)):
         maker, radius = _pick(rng, ALONG_WALLS)
         gap = 0.35
         side = rng.choice(3, p=[0.7, 0.15, 0.15])
@@ -301,7 +301,7 @@ def _table_top(rng: np.random.Generator, palette: Palette, distance: float) -> t
     parts = [
         box([0, rng.uniform(-0.1, 0.3), -0.02], [rng.uniform(1.0, 2.4), rng.uniform(0.8, 1.4), 0.04], top),
         panel([0, 0, -0.75], [0, 0, 1], 12, 12, palette.new(textures.PLANKS)),
-        panel([0, back, 0.5], [0, -1, 0], 14, 5, palette.new(scale=0.3, specular=0.0)),
+        panel([0, back, 0.5], [0, -1, 0], 14, 5, palette.new(rng.choice(SURFACES), 0.3, specular=0.0)),
     ]
     floor = _Floor(rng)
     for _ in range(rng.integers(4, 14)):

@@ -1,0 +1,147 @@
+"""The patched DPT head: a stock head whose class is swapped, so that everything after ``output_conv1`` is the MoE head.
+
+Swapping ``__class__`` (as FSDP2 does) keeps the object, its parameters, its hooks and its state-dict keys, and it
+survives ``copy.deepcopy`` and pickling, where a method bound to the instance would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moe3d.nn import MoEHead, check_conv_block
+from moe3d.ops.types import MoEOutput
+from moe3d.position import position_map, position_tables
+
+_SCRATCH = (*(f"layer{i}_rn" for i in range(1, 5)), *(f"refinenet{i}" for i in range(1, 5)), "output_conv1", "output_conv2")
+_ATTRIBUTES = ("norm", "projects", "resize_layers", "scratch", "patch_size", "activation", "conf_activation")
+_MORE_ATTRIBUTES = ("pos_embed", "feature_only", "down_ratio", "intermediate_layer_idx")
+
+
+class PatchedDPTHead(nn.Module):
+    """A VGGT depth or point head with a mixture-of-experts tail; made by :func:`patch_head`, never constructed.
+
+    It is called as the stock head is, and returns the same pair (prediction [B, S, H, W, O-1], confidence
+    [B, S, H, W]). What the tail gives beyond that (entropy [B, S, H, W]; with ``return_experts`` weights
+    [B, S, K, H, W] and hypotheses [B, S, K, H, W, O-1], [B, S, K, H, W] where O-1 = 1) is kept only while
+    ``collect_extras`` is on, for the model's forward hook to take with :meth:`take_extras`.
+    """
+
+    @property
+    def tail(self) -> MoEHead:
+        return self.scratch.output_conv2
+
+    def forward(
+        self,
+        aggregated_tokens_list: Sequence[Tensor],
+        images: Tensor,
+        patch_start_idx: int,
+        frames_chunk_size: int | None = 8,
+    ) -> tuple[Tensor, Tensor]:
+        """Token tensors [B, S, patch_start_idx + P, dim] of the backbone's layers and images [B, S, 3, H, W].
+
+        ``frames_chunk_size`` frames at a time bound the memory; None = all at once.
+        """
+        frames = images.shape[1]
+        if frames_chunk_size is not None and frames_chunk_size < 1:
+            raise ValueError(f"frames_chunk_size must be None or an integer of at least 1, got {frames_chunk_size!r}")
+        step = frames if frames_chunk_size is None else min(frames_chunk_size, frames)
+        chunks = [
+            self._forward_frames(aggregated_tokens_list, images, patch_start_idx, slice(start, start + step))
+            for start in range(0, frames, step)
+        ]
+        output = MoEOutput(*(None if parts[0] is None else _join(parts) for parts in zip(*chunks, strict=True)))
+        if self.collect_extras:
+            self.extras = _extras(output)
+        return output.prediction.movedim(2, -1), output.confidence
+
+    def take_extras(self) -> dict[str, Tensor]:
+        """What the last forward gave beyond the pair; the head then forgets it."""
+        extras, self.extras = self.extras, {}
+        return extras
+
+    def _forward_frames(
+        self, tokens: Sequence[Tensor], images: Tensor, patch_start_idx: int, frames: slice
+    ) -> MoEOutput:
+        """One chunk of frames through the front and the tail; outputs with [B, S] in front."""
+        images = images[:, frames]
+        batch, _, _, height, width = images.shape
+        grid = (height // self.patch_size, width // self.patch_size)
+        levels = [self._project(i, tokens[layer][:, frames, patch_start_idx:], grid, width / height)
+                  for i, layer in enumerate(self.intermediate_layer_idx)]
+        fused = self._fuse(levels)
+        size = tuple(int(n * self.patch_size / self.down_ratio) for n in grid)
+        pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
+        image = images.flatten(0, 1) if self.tail.image_gate is not None else None
+        output = self.tail(fused, size, pos=pos, image=image)
+        return MoEOutput(*(None if o is None else o.unflatten(0, (batch, -1)) for o in output))
+
+    def _project(self, level: int, tokens: Tensor, grid: tuple[int, int], aspect: float) -> Tensor:
+        """Patch tokens [B, S, P, dim] of one layer to a feature map of its own scale."""
+        tokens = self.norm(tokens.reshape(-1, *tokens.shape[2:]))
+        x = self.projects[level](tokens.transpose(1, 2).unflatten(2, grid))
+        if self.pos_embed:
+            x = x + position_map(*position_tables(grid, x.shape[1], aspect, x))
+        return self.resize_layers[level](x)
+
+    def _fuse(self, levels: list[Tensor]) -> Tensor:
+        """The refinement pyramid, coarsest first, up to ``output_conv1``: 8/14 of the image's resolution."""
+        s = self.scratch
+        first, second, third, fourth = (
+            getattr(s, f"layer{i}_rn")(level) for i, level in enumerate(levels, start=1)
+        )
+        x = s.refinenet4(fourth, size=third.shape[2:])
+        x = s.refinenet3(x, third, size=second.shape[2:])
+        x = s.refinenet2(x, second, size=first.shape[2:])
+        return s.output_conv1(s.refinenet1(x, first))
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _extras(output: MoEOutput) -> dict[str, Tensor]:
+    extras = {"entropy": output.entropy}
+    if output.weights is not None:
+        points = output.hypotheses.movedim(3, -1)  # [B, S, K, H, W, O-1], as VGGT's own predictions
+        extras |= {"weights": output.weights, "hypotheses": points.squeeze(-1) if points.shape[-1] == 1 else points}
+    return extras
+
+
+def check_head(name: str, head: nn.Module | None) -> None:
+    """ValueError that says what was looked for and what was found, unless ``head`` has VGGT's DPT structure."""
+    if head is None:
+        raise ValueError(f"model.{name} must be a DPT head, got None: the model was built without it")
+    missing = [a for a in (*_ATTRIBUTES, *_MORE_ATTRIBUTES) if not hasattr(head, a)]
+    missing += [f"scratch.{a}" for a in _SCRATCH if not hasattr(getattr(head, "scratch", None), a)]
+    if missing:
+        raise ValueError(
+            f"model.{name} must have the attributes of VGGT's DPT head, got {type(head).__name__} without "
+            f"{', '.join(missing)}"
+        )
+    if head.feature_only:
+        raise ValueError(f"model.{name} must predict, got a head with feature_only=True, which has no output block")
+    try:
+        check_conv_block(head.scratch.output_conv2)
+    except ValueError as error:
+        raise ValueError(f"model.{name}.scratch.output_conv2: {error}") from None
+
+
+def patch_head(head: nn.Module, tail: MoEHead) -> None:
+    """Swap the class of a checked stock head and put the tail in place of its output block."""
+    head.stock_class = type(head)
+    head.collect_extras = False
+    head.extras = {}
+    head.scratch.output_conv2 = tail
+    head.__class__ = PatchedDPTHead
+
+
+def unpatch_head(head: PatchedDPTHead) -> None:
+    """Undo :func:`patch_head`: the stock class and block, as last loaded."""
+    block = head.tail.source_block
+    block.train(head.training)
+    head.scratch.output_conv2 = block
+    head.__class__ = head.stock_class
+    del head.stock_class, head.collect_extras, head.extras

@@ -1,0 +1,135 @@
+"""Patched heads as files: safetensors, with the configuration in the metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from moe3d.integrations.vggt import HEADS, patch_vggt, patched_heads, unpatch_vggt
+
+FORMAT = "moe3d-head"
+FORMAT_VERSION = 1
+
+_CONFIG = (  # patch_vggt's arguments that belong to a trained head, rather than to the machine it runs on
+    "num_experts", "gate_hidden", "init_noise", "temperature", "mode", "gap", "seed",
+)  # fmt: skip
+
+
+def save_head(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write a model's patched heads (experts, gates and configuration, not the rest of the model) to a safetensors file.
+
+    The file is written under a temporary name and renamed when whole.
+
+    Raises:
+        ValueError: the model is not patched.
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    heads = patched_heads(model)
+    if not heads:
+        raise ValueError("model must be patched before its head can be saved, got one without a patched head")
+    config = {name: _config(head.tail) for name, head in heads.items()}
+    tensors = {
+        f"{name}.{key}": value.detach().contiguous()
+        for name, head in heads.items()
+        for key, value in head.tail.state_dict().items()
+    }
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "heads": json.dumps(config)}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Load heads that :func:`save_head` wrote; an unpatched model is patched with the file's configuration.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no head file, is damaged, or does not fit the model (or the configuration with which it
+            is already patched); the model is then left bit for bit as it was.
+    """
+    config, tensors = _read(Path(path))
+    patched = patched_heads(model)
+    if patched:
+        _check_same_configuration(path, config, patched)
+        _load(path, patched, tensors)
+        return model
+    _check_uniform(path, config)
+    patch_vggt(model, heads=tuple(config), **next(iter(config.values())))
+    try:
+        _load(path, patched_heads(model), tensors)
+    except BaseException:
+        unpatch_vggt(model)
+        raise
+    return model
+
+
+def _config(tail) -> dict:
+    return {key: getattr(tail, key) for key in _CONFIG} | {"image_gate": tail.image_gate is not None}
+
+
+def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
+    """The file's configuration by head, and its tensors by name."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error})") from None
+    if metadata.get("format") != FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
+        found = f"{metadata.get('format', 'no format')} {metadata.get('format_version', '')}".strip()
+        raise ValueError(f"{path} must be a head file of moe3d ({FORMAT} {FORMAT_VERSION}), got {found}")
+    try:
+        config = json.loads(metadata["heads"])
+        valid = bool(config) and set(config) <= set(HEADS) and all(set(c) == {*_CONFIG, "image_gate"} for c in config.values())
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        valid = False
+    if not valid:
+        raise ValueError(f"{path} holds no valid head configuration in its metadata")
+    return config, tensors
+
+
+def _check_same_configuration(path, config: dict, patched: dict) -> None:
+    here = {name: _shape_of(_config(head.tail)) for name, head in patched.items()}
+    there = {name: _shape_of(c) for name, c in config.items()}
+    if here != there:
+        raise ValueError(f"{path} holds heads {there}, but the model is patched with {here}: call unpatch_vggt(model) first")
+
+
+def _shape_of(config: dict) -> dict:
+    return {key: config[key] for key in ("num_experts", "gate_hidden", "image_gate")}
+
+
+def _check_uniform(path, config: dict) -> None:
+    if any(c != next(iter(config.values())) for c in config.values()):
+        raise ValueError(f"{path} holds heads of different configurations: patch the model first, then load it")
+
+
+def _load(path, heads: dict, tensors: dict[str, Tensor]) -> None:
+    """All or nothing: every name and shape is checked before a tensor is copied."""
+    wanted = {f"{name}.{key}": value for name, head in heads.items() for key, value in head.tail.state_dict().items()}
+    different = sorted(wanted.keys() ^ tensors.keys())
+    if different:
+        raise ValueError(f"{path} does not fit the model: {different[0]} is in only one of them")
+    for key, value in wanted.items():
+        if value.shape != tensors[key].shape:
+            raise ValueError(
+                f"{path} does not fit the model: {key} has shape {list(tensors[key].shape)}, expected {list(value.shape)}"
+            )
+    for name, head in heads.items():
+        head.tail.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})

@@ -1,0 +1,138 @@
+"""patch_vggt and unpatch_vggt: VGGT and every model whose heads are built like its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from moe3d.integrations.dpt import PatchedDPTHead, check_head, patch_head, unpatch_head
+from moe3d.nn import MoEHead
+
+HEADS = ("depth", "point")
+
+
+def patch_vggt(
+    model: nn.Module,
+    num_experts: int = 4,
+    gate_hidden: int = 128,
+    heads: Sequence[str] = ("depth",),
+    init_noise: float = 1e-2,
+    temperature: float = 1.0,
+    mode: str = "mean",
+    gap: float = 0.3,
+    image_gate: bool = False,
+    return_experts: bool = False,
+    backend: str = "auto",
+    precision: str = "auto",
+    optimize_head: bool = True,
+    skip_below: float | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Give a VGGT-like model mixture-of-experts depth (and point) heads, in place.
+
+    Everything after a head's ``output_conv1`` (upsampling, position embedding, output block, activations) becomes a
+    :class:`~moe3d.nn.MoEHead` whose experts are noisy copies of the stock block and whose gate is uniform: with
+    ``init_noise=0`` the model predicts what it did. The model's dictionary keeps every key and gains ``depth_entropy``
+    [B, S, H, W] (nats), and with ``return_experts`` ``depth_weights`` and ``depth_hypotheses`` [B, S, K, H, W]
+    (``point_...`` likewise; a point head's hypotheses are [B, S, K, H, W, 3]). The track head stays as it is.
+
+    Args:
+        model: any module with ``depth_head`` / ``point_head`` of VGGT's DPT structure (not judged by class).
+        num_experts: K; 1 keeps the plain head and only accelerates it.
+        gate_hidden: hidden channels of the gate; K = 4 with 128 is the paper's budget (inferred from its figures).
+        heads: which of "depth" and "point".
+        init_noise: of each expert's weights, relative to each tensor's standard deviation.
+        optimize_head: let the head's front run in the package's faster form (no effect in this version).
+        temperature, mode, gap, image_gate, return_experts, backend, precision, skip_below, seed: see
+            :class:`~moe3d.nn.MoEHead`.
+
+    Returns:
+        The same model. Undo with :func:`unpatch_vggt`. A stock checkpoint still loads, strictly.
+
+    Raises:
+        ValueError: an unsuitable or already patched model, an argument out of range; the model is then untouched.
+    """
+    names = _check_heads(heads)
+    for name in names:
+        head = getattr(model, name, None)
+        if isinstance(head, PatchedDPTHead):
+            raise ValueError(f"model.{name} is already patched: call unpatch_vggt(model) first")
+        check_head(name, head)
+    tails = {
+        name: _tail(
+            getattr(model, name),
+            num_experts=num_experts,
+            gate_hidden=gate_hidden,
+            init_noise=init_noise,
+            temperature=temperature,
+            mode=mode,
+            gap=gap,
+            image_gate=image_gate,
+            return_experts=return_experts,
+            backend=backend,
+            precision=precision,
+            skip_below=skip_below,
+            seed=seed,
+        )
+        for name in names
+    }
+    for name, tail in tails.items():
+        patch_head(getattr(model, name), tail)
+    _install_hooks(model)
+    return model
+
+
+def unpatch_vggt(model: nn.Module) -> nn.Module:
+    """Give a patched model its stock heads back, bit for bit as last loaded; nothing happens to an unpatched one."""
+    for head in patched_heads(model).values():
+        unpatch_head(head)
+    _remove_hooks(model)
+    return model
+
+
+def patched_heads(model: nn.Module) -> dict[str, PatchedDPTHead]:
+    """The patched heads by name ("depth", "point")."""
+    found = {name: getattr(model, f"{name}_head", None) for name in HEADS}
+    return {name: head for name, head in found.items() if isinstance(head, PatchedDPTHead)}
+
+
+def _tail(head: nn.Module, **options) -> MoEHead:
+    return MoEHead.from_conv_block(
+        head.scratch.output_conv2, activation=head.activation, conf_activation=head.conf_activation, **options
+    )
+
+
+def _check_heads(heads: Sequence[str]) -> list[str]:
+    names = [heads] if isinstance(heads, str) else list(heads)
+    if not names or len(set(names)) != len(names) or not set(names) <= set(HEADS):
+        raise ValueError(f"heads must name one or both of {', '.join(HEADS)}, got {heads!r}")
+    return [f"{name}_head" for name in names]
+
+
+def _start_collecting(model: nn.Module, args) -> None:
+    for head in patched_heads(model).values():
+        head.collect_extras = True
+
+
+def _add_extras(model: nn.Module, args, predictions):
+    """The patched heads' extras into the model's dictionary; a model that returns something else keeps it as it is."""
+    for name, head in patched_heads(model).items():
+        head.collect_extras = False
+        extras = head.take_extras()
+        if isinstance(predictions, dict):
+            predictions.update({f"{name}_{key}": value for key, value in extras.items()})
+    return predictions
+
+
+def _install_hooks(model: nn.Module) -> None:
+    model.register_forward_pre_hook(_start_collecting)
+    model.register_forward_hook(_add_extras, always_call=True)
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """By identity, not by handle: a handle would have to live on the model, and be copied and pickled with it."""
+    for hooks, ours in ((model._forward_pre_hooks, _start_collecting), (model._forward_hooks, _add_extras)):
+        for key in [key for key, hook in hooks.items() if hook is ours]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
