@@ -55,12 +55,12 @@ class Palette:
         """The index of a new material; what is not given is drawn."""
         rng = self.rng
         if pattern is None:
-            pattern = rng.choice(9, p=[0.4, 0.03, 0.06, 0.16, 0.03, 0.1, 0.08, 0.03, 0.11])
+            pattern = rng.choice(9, p=[0.42, 0.03, 0.06, 0.18, 0.03, 0.1, 0.08, 0.03, 0.07])
         first = self.colour() if first is None else first
         if second is None:
             second = self.colour() if rng.random() < 0.4 else first * rng.uniform(0.3, 1.6)
         if scale is None:
-            scale = np.exp(rng.uniform(np.log(0.04), np.log(0.35)))
+            scale = np.exp(rng.uniform(np.log(0.04), np.log(0.4)))
         if specular is None:
             specular = rng.choice([0.0, 0.08, 0.4], p=[0.5, 0.3, 0.2])
         gloss = np.exp(rng.uniform(np.log(8), np.log(150)))
@@ -536,7 +536,7 @@ Maker = Callable[[np.random.Generator, Palette], list[Part]]
 
 # Name, how often, and the radius of the floor it needs.
 FURNITURE: list[tuple[Maker, float, float]] = [
-    (crates, 3, 0.35), (table, 2, 0.7), (chair, 1.5, 0.35), (bench, 1, 0.8), (cabinet, 1.5, 0.6), (wheel, 1.5, 0.3),
+    (crates, 3, 0.35), (table, 2, 0.7), (chair, 1.5, 0.35), (bench, 1, 0.8), (cabinet, 0.7, 0.6), (wheel, 1.5, 0.3),
     (two_wheeler, 2, 0.9), (ladder, 1, 0.4), (fence, 1, 0.9), (perforated_plate, 1, 0.5), (pipes, 1, 0.5),
     (plant, 1, 0.35), (barrel, 2, 0.35), (lamp, 1, 0.25), (tyres, 1, 0.3), (tripod, 1, 0.35), (heap, 2, 0.5),
 ]  # fmt: skip

@@ -262,14 +262,18 @@ def _ambient(rng: np.random.Generator, strength: float) -> Array:
 
 
 def _yard(rng: np.random.Generator, palette: Palette, distance: float) -> tuple[list[Part], list[Light], Array]:
-    """Ground, walls, fences and houses around it, sky above, the sun far away."""
+    """Ground within a wall or hedge, houses and trees, sky above, the sun far away."""
     pattern = rng.choice([textures.CLOUDS, textures.SPECKLE, textures.TILES, textures.BRICKS])
-    parts = [panel([0, 0, 0], [0, 0, 1], 120, 120, palette.new(pattern, rng.uniform(0.2, 0.8), specular=0.0))]
+    far = rng.uniform(10, 24)
+    parts = [panel([0, 0, 0], [0, 0, 1], 2 * far, 2 * far, palette.new(pattern, rng.uniform(0.2, 0.8), specular=0.0))]
+    hedge = palette.new(rng.choice(SURFACES + [textures.SPECKLE]), rng.uniform(0.2, 0.6), specular=0.0)
+    for axis in ([-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0]):
+        parts.append(panel([-far * axis[0], -far * axis[1], 1], axis, 2 * far, rng.uniform(3, 8), hedge))
     floor = _Floor(rng)
     parts += _hero(rng, palette, floor)
-    for _ in range(rng.integers(6, 12)):  # a ring of buildings, walls and trees closes the view
-        angle, far = rng.uniform(-1.2, 1.2), rng.uniform(4, 14)
-        at = far * np.array([np.sin(angle), np.cos(angle)])
+    for _ in range(rng.integers(6, 12)):
+        angle = rng.uniform(-1.2, 1.2)
+        at = rng.uniform(4, 14) * np.array([np.sin(angle), np.cos(angle)])
         if rng.random() < 0.6:
             size = rng.uniform([1, 0.3, 1.0], [7, 4, 5])
             masonry = rng.choice([textures.BRICKS, textures.PLANKS, textures.PLAIN, textures.CLOUDS])

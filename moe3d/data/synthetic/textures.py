@@ -129,11 +129,11 @@ def _print(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array,
 
 
 def _ink(flat: Array, seed: Array) -> Array:
-    """[3, P] the colour of the print's block under each point, every other one grey."""
+    """[3, P] the colour of the print's block under each point; most are grey."""
     column, row = _print_cells(flat, seed)
     grey = _hash_cells(column, row, seed + 4)
     colour = np.stack([_hash_cells(column, row, seed + channel) for channel in (1, 2, 3)])
-    return np.where(grey < 0.5, 2 * grey**2, colour**2)
+    return np.where(grey < 0.7, 1.5 * grey**2, colour**2)
 
 
 def _print_cells(flat: Array, seed: Array) -> tuple[Array, Array]:
