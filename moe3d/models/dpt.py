@@ -7,80 +7,17 @@ Geometry Grounded Transformer" (arXiv 2503.11651).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
+from moe3d.position import position_map, position_tables
+
 # F.interpolate has addressed its output with 32-bit integers; larger outputs are computed a part of the batch at a time.
 _MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
-
-
-def _signed_expm1(y: Tensor) -> Tensor:
-    return y.sign() * y.abs().expm1()
-
-
-def _norm_exp(y: Tensor) -> Tensor:
-    norm = y.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-    return y / norm * norm.expm1()
-
-
-def _xy_inv_log(y: Tensor) -> Tensor:
-    xy, z = y[..., :2], _signed_expm1(y[..., 2:])
-    return torch.cat([xy * z, z], dim=-1)
-
-
-# Functions of a [..., O-1] tensor: some of them mix the channels of a pixel.
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "exp": torch.exp,
-    "inv_log": _signed_expm1,
-    "linear": lambda y: y,
-    "norm": lambda y: y / y.norm(dim=-1, keepdim=True),
-    "norm_exp": _norm_exp,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "xy_inv_log": _xy_inv_log,
-}
-_CONF_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "expp0": torch.exp,
-    "expp1": lambda y: 1 + y.exp(),
-    "sigmoid": torch.sigmoid,
-}
-
-
-def position_embedding(
-    size: tuple[int, int], channels: int, aspect: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """VGGT's sinusoidal position embedding of an image grid, as its two separable parts.
-
-    The first ``channels // 2`` channels of a pixel depend on its column only, the others on its row only. Coordinates are
-    normalised by the image's diagonal, so they mean the same at every resolution.
-
-    Args:
-        size: grid height and width.
-        channels: a multiple of 4.
-        aspect: width / height of the image (not of the grid).
-        device: where to build the embedding.
-
-    Returns:
-        Columns [W, channels // 2] and rows [H, channels // 2], fp32.
-    """
-    height, width = size
-    diagonal = (aspect**2 + 1) ** 0.5
-    columns = _axis_embedding(width, aspect / diagonal, channels // 2, device)
-    rows = _axis_embedding(height, 1 / diagonal, channels // 2, device)
-    return columns, rows
-
-
-def _axis_embedding(n: int, span: float, channels: int, device: torch.device | None) -> Tensor:
-    edge = span * (n - 1) / n
-    precise = torch.float32 if device is not None and device.type == "mps" else torch.float64
-    # The coordinates are rounded to fp32, the phases are not: so does VGGT.
-    coordinates = torch.linspace(-edge, edge, n, dtype=torch.float32, device=device).to(precise)
-    exponents = torch.arange(channels // 2, dtype=precise, device=device) / (channels / 2)
-    phases = coordinates[:, None] / 100**exponents
-    return torch.cat([phases.sin(), phases.cos()], dim=1).float()
 
 
 class ResidualConvUnit(nn.Module):
@@ -152,8 +89,8 @@ class DPTHead(nn.Module):
         down_ratio: int = 1,
     ) -> None:
         super().__init__()
-        _check_name("activation", activation, _ACTIVATIONS)
-        _check_name("conf_activation", conf_activation, _CONF_ACTIVATIONS)
+        _check_name("activation", activation, ACTIVATIONS)
+        _check_name("conf_activation", conf_activation, CONF_ACTIVATIONS)
         self.patch_size = patch_size
         self.activation = activation
         self.conf_activation = conf_activation
@@ -238,9 +175,9 @@ class DPTHead(nn.Module):
         if self.feature_only:
             return x.unflatten(0, (batch, frames))
 
-        y = self.scratch.output_conv2(x).movedim(1, -1)
-        prediction = _ACTIVATIONS[self.activation](y[..., :-1])
-        confidence = _CONF_ACTIVATIONS[self.conf_activation](y[..., -1])
+        y = self.scratch.output_conv2(x)
+        prediction = ACTIVATIONS[self.activation].forward(y[:, :-1]).movedim(1, -1)
+        confidence = CONF_ACTIVATIONS[self.conf_activation].forward(y[:, -1])
         return prediction.unflatten(0, (batch, frames)), confidence.unflatten(0, (batch, frames))
 
     def scratch_forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -253,11 +190,8 @@ class DPTHead(nn.Module):
         x = s.refinenet1(x, x1)
         return s.output_conv1(x)
 
-    def _apply_pos_embed(self, x: Tensor, W: int, H: int, ratio: float = 0.1) -> Tensor:
-        height, width = x.shape[2:]
-        columns, rows = position_embedding((height, width), x.shape[1], W / H, x.device)
-        embedding = torch.cat([columns.T[:, None, :].expand(-1, height, -1), rows.T[:, :, None].expand(-1, -1, width)])
-        return x + (embedding * ratio).to(x.dtype)
+    def _apply_pos_embed(self, x: Tensor, W: int, H: int) -> Tensor:
+        return x + position_map(*position_tables(x.shape[2:], x.shape[1], W / H, x))
 
 
 def _scratch(in_channels: Sequence[int], features: int, output_dim: int | None) -> nn.Module:
@@ -286,6 +220,6 @@ def _interpolate(x: Tensor, size: Sequence[int]) -> Tensor:
     return resized[0] if len(resized) == 1 else torch.cat(resized)
 
 
-def _check_name(argument: str, name: str, known: dict[str, Callable[[Tensor], Tensor]]) -> None:
+def _check_name(argument: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
         raise ValueError(f"{argument} must be one of {', '.join(sorted(known))}, got {name!r}")

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe3d.models.dpt import DPTHead, position_embedding
+from moe3d.models.dpt import DPTHead
 from moe3d.models.layers import Block, rotary_table
+from moe3d.position import position_map, position_tables
 
 PATCH_SIZE = 14
 
@@ -68,13 +69,14 @@ class Aggregator(nn.Module):
         patches = self.patch_embed((images.flatten(0, 1) - 0.45) / 0.225)  # [B*S, C, h, w]
         _, channels, h, w = patches.shape
 
-        columns, rows = position_embedding((h, w), channels, width / height, images.device)
-        position = torch.cat([columns[None].expand(h, -1, -1), rows[:, None].expand(-1, w, -1)], dim=-1)  # [h, w, C]
-        patches = (patches.movedim(1, -1) + position.to(patches.dtype)).reshape(batch, frames, h * w, channels)
+        # The tables are the DPT head's, a tenth of a unit sinusoid; a stem that starts from nothing gets it at full strength.
+        position = 10 * position_map(*position_tables((h, w), channels, width / height, patches))
+        patches = (patches + position).flatten(2).mT.unflatten(0, (batch, frames))
         tokens = torch.cat([self._special_tokens(batch, frames), patches], dim=2)
 
-        centre = columns.new_zeros(self.patch_start_idx, 2)  # where the special tokens sit
-        return tokens, rotary_table(torch.cat([centre, _patch_positions(h, w, images.device)]), self.head_dim)
+        positions = _patch_positions(h, w, images.device)
+        centre = positions.new_zeros(self.patch_start_idx, 2)  # where the special tokens sit
+        return tokens, rotary_table(torch.cat([centre, positions]), self.head_dim)
 
     def _special_tokens(self, batch: int, frames: int) -> Tensor:
         tokens = torch.cat([self.camera_token, self.register_token], dim=2)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moe3d.models import dpt
-from moe3d.models.dpt import DPTHead, FeatureFusionBlock, ResidualConvUnit, position_embedding
+from moe3d.models.dpt import DPTHead, FeatureFusionBlock, ResidualConvUnit
+from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
 
 DIM, SPECIAL = 24, 5
 SMALL = {"dim_in": DIM, "features": 32, "out_channels": [8, 12, 16, 20], "intermediate_layer_idx": [0, 1, 3, 4]}
@@ -100,8 +101,8 @@ def test_chunks_frames_like_the_real_head(real, chunk):
 
 
 @pytest.mark.real_vggt
-@pytest.mark.parametrize("activation", sorted(dpt._ACTIVATIONS))
-@pytest.mark.parametrize("conf_activation", sorted(dpt._CONF_ACTIVATIONS))
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("conf_activation", sorted(CONF_ACTIVATIONS))
 def test_activations_equal_the_real_heads(real, activation, conf_activation):
     ours, theirs = both(real, activation=activation, conf_activation=conf_activation)
     tokens, images = backbone((2, 3), batch=1, frames=1)
@@ -138,15 +139,19 @@ def test_gradients_equal_the_real_heads(real):
         assert_same(a, b)
 
 
-def test_position_embedding_is_the_separable_sinusoid():
-    height, width, channels = 3, 5, 12
-    aspect = 1.7
-    columns, rows = position_embedding((height, width), channels, aspect)
+def test_position_embedding_is_a_tenth_of_a_separable_sinusoid():
+    channels, (h, w), (H, W) = 12, (3, 5), (28, 42)
+    got = make_head()._apply_pos_embed(torch.zeros(2, channels, h, w), W, H)
     omega = 100.0 ** (-np.arange(3) / 3)
-    for n, span, got in [(width, aspect, columns), (height, 1.0, rows)]:
-        edge = span / np.hypot(aspect, 1) * (n - 1) / n
-        phases = np.linspace(-edge, edge, n)[:, None] * omega
-        np.testing.assert_allclose(got, np.concatenate([np.sin(phases), np.cos(phases)], 1), atol=1e-7)
+
+    def axis(n, pixels):
+        edge = pixels / np.hypot(H, W) * (n - 1) / n
+        phases = omega[:, None] * np.linspace(-edge, edge, n)
+        return 0.1 * np.concatenate([np.sin(phases), np.cos(phases)])
+
+    columns = np.broadcast_to(axis(w, W)[:, None, :], (6, h, w))
+    rows = np.broadcast_to(axis(h, H)[:, :, None], (6, h, w))
+    np.testing.assert_allclose(got, np.broadcast_to(np.concatenate([columns, rows]), got.shape), atol=1e-8)
 
 
 def test_residual_unit_adds_back_the_rectified_input():

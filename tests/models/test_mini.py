@@ -101,6 +101,22 @@ def test_autocast_changes_little(model):
     torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0)
 
 
+def test_cameras_come_from_the_camera_token_alone(model):
+    tokens = frames(1, 2, 7, 64)
+    expected = model.camera_head([tokens])[-1]
+    tokens[:, :, 1:] = torch.nan
+    assert torch.equal(model.camera_head([tokens])[-1], expected)
+    tokens[:, 1, 0] += frames(64)
+    assert not torch.isclose(model.camera_head([tokens])[-1][:, 0], expected[:, 0]).all()  # frames attend to each other
+
+
+def test_camera_refinement_does_not_backpropagate_through_iterations(model):
+    first, *later = model.camera_head([frames(1, 2, 7, 64)])
+    start = model.camera_head.initial_pose
+    assert torch.autograd.grad(first.sum(), start, retain_graph=True)[0].any()
+    assert torch.autograd.grad(sum(pose.sum() for pose in later), start, allow_unused=True) == (None,)
+
+
 @torch.no_grad()
 def test_depth_does_not_depend_on_chunking(model):
     images = frames(1, 5, 3, 42, 56)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moe3d.models import MiniVGGT, load_mini, save_mini
+from moe3d.integrations import patch_vggt, save_head
+from moe3d.models import MiniVGGT, checkpoint, load_mini, save_mini
 
 SIZES = {"embed_dim": 32, "depth": 5, "num_heads": 2, "features": 32, "enable_point": True}
 
@@ -134,8 +135,21 @@ def test_weight_beyond_fp16_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_model_with_another_head_is_not_saved(tmp_path):
-    model = MiniVGGT(**SIZES)
-    model.depth_head.scratch.output_conv2.append(torch.nn.Conv2d(2, 2, 1))
+def test_patched_model_is_not_saved(tmp_path):
+    model = patch_vggt(MiniVGGT(**SIZES))
     with pytest.raises(ValueError, match="stock heads"):
         save_mini(model, tmp_path / "mini.safetensors")
+
+
+def test_moe_head_is_loaded_on_top(path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "WEIGHTS", path.parent)
+    path.rename(path.parent / "mini_single.safetensors")
+    patched = patch_vggt(load_mini(), num_experts=3, init_noise=0.5)
+    save_head(patched, path.parent / "mini_moe_head.safetensors")
+    loaded = load_mini(head="moe")
+    images = torch.rand(2, 3, 28, 42)
+    with torch.no_grad():
+        expected, got = patched.eval()(images), loaded(images)
+        assert not loaded.training and "depth_entropy" in got
+        torch.testing.assert_close(got["depth"], expected["depth"])
+        assert not torch.allclose(got["depth"], load_mini()(images)["depth"])
