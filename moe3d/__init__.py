@@ -4,6 +4,7 @@ The way down: :func:`patch_vggt` -> :class:`MoEHead` -> :func:`moe3d.functional.
 (:mod:`moe3d.ops.schema`) -> a backend chosen by :mod:`moe3d.ops.dispatch` -> its kernels.
 """
 
+from moe3d._checkout import install_finder as _install_finder
 from moe3d._version import __version__ as __version__
 from moe3d.functional import moe_head as moe_head
 from moe3d.integrations import load_head as load_head
@@ -14,3 +15,5 @@ from moe3d.models import load_mini as load_mini
 from moe3d.nn import MoEHead as MoEHead
 from moe3d.ops.dispatch import backends as backends
 from moe3d.ops.types import MoEOutput as MoEOutput
+
+_install_finder()

@@ -1,0 +1,49 @@
+# Every command sets up what it needs in .venv. On a machine with a GPU the environment sees the Python packages that
+# are installed already, so that their torch is used; elsewhere it gets the pinned one.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+VGGT   ?= .external/vggt
+
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+SOURCES := pyproject.toml setup.py constraints.txt $(shell find moe3d kernels csrc -type f -not -name '*.pyc' 2>/dev/null)
+
+ifeq ($(HAS_GPU),yes)
+VENV_FLAGS := --system-site-packages
+PIP_FLAGS  :=
+else
+VENV_FLAGS :=
+PIP_FLAGS  := -c constraints.txt
+endif
+
+.PHONY: demo test test-real lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/moe3d demo --out demo
+
+test: $(VENV)/.tools
+	$(VENV)/bin/pytest -q
+
+# The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
+test-real: $(VENV)/.tools
+	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m real_vggt
+
+lint: $(VENV)/.tools
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	$(PY) -m pip install -q $(PIP_FLAGS) .
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(PY) -m pip install -q $(PIP_FLAGS) '.[dev]'
+	@touch $@

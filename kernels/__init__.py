@@ -1,0 +1,1 @@
+"""Triton kernels of the operation, installed as ``moe3d.kernels``."""
