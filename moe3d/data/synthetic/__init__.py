@@ -137,7 +137,8 @@ def _generator(*key: int) -> np.random.Generator:
 def _draw_sensor(rng: np.random.Generator) -> Sensor:
     warmth, green = rng.normal(0, 0.06), rng.normal(0, 0.02)
     return Sensor(
-        brightness=rng.uniform(0.12, 0.3),
+        brightness=np.exp(rng.uniform(np.log(0.12), np.log(0.35))),
+        contrast=rng.uniform(1.0, 1.5),
         white_balance=np.array([1 + warmth, 1 + green, 1 - warmth]),
         blur=rng.choice([0.0, rng.uniform(0.2, 0.8)]),
         noise=np.exp(rng.uniform(np.log(0.003), np.log(0.03))),

@@ -99,7 +99,7 @@ def _first_positive(*candidates: Array) -> Array:
 
 def _box(origin: Array, direction: Array, size: Array) -> Array:
     enter, leave = -np.inf, np.inf
-    for o, d, s in zip(origin, direction, size):
+    for o, d, s in zip(origin, direction, size, strict=True):
         inverse = 1 / d
         first, second = (-s - o) * inverse, (s - o) * inverse
         enter = np.maximum(enter, np.minimum(first, second))
@@ -110,7 +110,7 @@ def _box(origin: Array, direction: Array, size: Array) -> Array:
 
 def _ellipsoid(origin: Array, direction: Array, size: Array) -> Array:
     ox, oy, oz = origin / size
-    dx, dy, dz = (d / s for d, s in zip(direction, size))
+    dx, dy, dz = (d / s for d, s in zip(direction, size, strict=True))
     a = dx * dx + dy * dy + dz * dz
     b = ox * dx + oy * dy + oz * dz
     root = np.sqrt(b * b - a * (ox * ox + oy * oy + oz * oz - 1))  # nan where the ray misses
@@ -220,7 +220,7 @@ def _opening(x: Array, y: Array, size: Array, centre: float, width: float, heigh
 
 
 def _spokes(x: Array, y: Array, size: Array, count: float, width: float, twist: float) -> Array:
-    """``count`` radial bars, bent by ``twist`` radians from hub to rim, between a hub and a rim of 0.2 and 0.08 radii."""
+    """``count`` radial bars, bent by ``twist`` radians on their way from a hub to a rim."""
     radius = np.hypot(x, y) / size[0]
     turn = (np.arctan2(y, x) + twist * radius) * count / (2 * np.pi)
     bar = np.abs(turn - np.round(turn)) * 2 * np.pi / count * radius * size[0] <= width / 2
