@@ -139,9 +139,10 @@ def rotation_z(angle: float) -> Array:
 def frame(axis: Array) -> Array:
     """[3, 3] a right-handed frame whose z is ``axis``, with y as upright as it can be."""
     z = axis / np.linalg.norm(axis)
-    x = np.cross([0.0, 0.0, 1.0] if abs(z[2]) < 0.99 else [0.0, 1.0, 0.0], z)
+    x = np.array([-z[1], z[0], 0.0] if abs(z[2]) < 0.99 else [z[2], 0.0, -z[0]])  # across z and the upright
     x /= np.linalg.norm(x)
-    return np.stack([x, np.cross(z, x), z], 1)
+    y = np.array([z[1] * x[2] - z[2] * x[1], z[2] * x[0] - z[0] * x[2], z[0] * x[1] - z[1] * x[0]])
+    return np.stack([x, y, z], 1)  # spelled out, because np.cross takes most of a scene's drawing time
 
 
 def box(centre: Point, full_size: Point, material: int, yaw: float = 0.0) -> Part:
