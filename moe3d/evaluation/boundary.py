@@ -88,7 +88,7 @@ def sobel_edge_maps(frame: Frame, theta: float = 0.25) -> tuple[np.ndarray, np.n
 
 
 def si_edge_maps(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """(predicted, true) scale-invariant edges at t = 1.25, four directions united, [N] bool over the compared pixels."""
+    """(predicted, true) scale-invariant edges at t = 1.25, four directions united, [N] bool over compared pixels."""
     mask = frame.compared
     return si_edges(frame.prediction, mask)[mask], si_edges(frame.truth, mask)[mask]
 
