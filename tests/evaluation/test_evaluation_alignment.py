@@ -28,11 +28,11 @@ def test_scale_l1_attains_the_minimum_of_the_absolute_error(seed, count):
     prediction, truth = pairs(seed, count)
 
     def cost(scale):
-        return sum(abs(scale * p - g) for p, g in zip(prediction, truth))
+        return sum(abs(scale * p - g) for p, g in zip(prediction, truth, strict=True))
 
     scale = fit_alignment(prediction, truth, "scale-l1").scale
     # The cost is convex and piecewise linear, so its minimum lies at one of its kinks g / p.
-    assert cost(scale) <= min(cost(g / p) for p, g in zip(prediction, truth)) * (1 + 1e-12)
+    assert cost(scale) <= min(cost(g / p) for p, g in zip(prediction, truth, strict=True)) * (1 + 1e-12)
     assert cost(scale) <= optimize.minimize_scalar(cost, bounds=(0, 100), method="bounded").fun * (1 + 1e-12)
 
 

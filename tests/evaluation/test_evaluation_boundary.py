@@ -34,7 +34,9 @@ def usable(depth):
 
 
 def compared(prediction, valid):
-    return np.array([[bool(v) and usable(p) for p, v in zip(*rows)] for rows in zip(prediction, valid)])
+    return np.array(
+        [[bool(v) and usable(p) for p, v in zip(*rows, strict=True)] for rows in zip(prediction, valid, strict=True)]
+    )
 
 
 def inside(array, i, j):
@@ -112,7 +114,7 @@ def loop_si_maps(prediction, truth, valid):
 def loop_f1(predicted, true):
     if not true:
         return None, None, None
-    hits = sum(p and g for p, g in zip(predicted, true))
+    hits = sum(p and g for p, g in zip(predicted, true, strict=True))
     precision = hits / sum(predicted) if any(predicted) else 0
     recall = hits / sum(true) if any(true) else 0
     return 2 * precision * recall / (precision + recall) if precision + recall else 0, precision, recall
@@ -120,8 +122,8 @@ def loop_f1(predicted, true):
 
 def loop_iou(predicted, true):
     def iou(a, b):
-        union = sum(x or y for x, y in zip(a, b))
-        return sum(x and y for x, y in zip(a, b)) / union if union else None
+        union = sum(x or y for x, y in zip(a, b, strict=True))
+        return sum(x and y for x, y in zip(a, b, strict=True)) / union if union else None
 
     edge, other = iou(predicted, true), iou([not p for p in predicted], [not g for g in true])
     return edge, None if None in (edge, other) else (edge + other) / 2
@@ -273,7 +275,7 @@ def test_holes_are_filled_from_a_nearest_pixel(random_layers, seed):
     filled, known = fill_from_nearest(depth, mask), np.argwhere(mask)
     for pixel in np.ndindex(depth.shape):
         distances = [math.dist(pixel, other) for other in known]
-        nearest = [depth[tuple(other)] for other, d in zip(known, distances) if d == min(distances)]
+        nearest = [depth[tuple(other)] for other, d in zip(known, distances, strict=True) if d == min(distances)]
         assert filled[pixel] in nearest
 
 

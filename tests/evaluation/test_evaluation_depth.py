@@ -12,7 +12,11 @@ from moe3d.evaluation.depth import DEPTH_KEYS
 
 def loop_errors(prediction, truth, valid):
     """Median-aligned errors, straight from their definitions."""
-    pairs = [(p, g) for p, g, v in zip(prediction.flat, truth.flat, valid.flat) if v and math.isfinite(p) and p > 0]
+    pairs = [
+        (p, g)
+        for p, g, v in zip(prediction.flat, truth.flat, valid.flat, strict=True)
+        if v and math.isfinite(p) and p > 0
+    ]
     if not pairs:
         return dict.fromkeys(DEPTH_KEYS)
     scale = statistics.median(g for _, g in pairs) / statistics.median(p for p, _ in pairs)
@@ -124,5 +128,7 @@ def test_images_are_weighted_by_their_pixels():
     assert total["abs_rel"] == pytest.approx(relative.mean())
     # Means of root mean squares are means of the images' values, as in MonST3R, not the root over all pixels.
     pixels = [frame.kept.sum() for frame in frames]
-    assert total["rmse"] == pytest.approx(sum(n * r["rmse"] for n, r in zip(pixels, reports)) / sum(pixels))
+    assert total["rmse"] == pytest.approx(
+        sum(n * r["rmse"] for n, r in zip(pixels, reports, strict=True)) / sum(pixels)
+    )
     assert total["coverage"] == sum(pixels) / sum(frame.valid.sum() for frame in frames)

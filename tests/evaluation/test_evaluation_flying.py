@@ -1,3 +1,4 @@
+import itertools
 import math
 import statistics
 
@@ -17,7 +18,10 @@ def loop_flying(prediction, truth, valid, eta, beta, kept=None):
     """(flying, boundary) maps, straight from the definition."""
     height, width = truth.shape
     usable = np.array(
-        [[bool(v) and math.isfinite(p) and p > 0 for p, v in zip(*rows)] for rows in zip(prediction, valid)]
+        [
+            [bool(v) and math.isfinite(p) and p > 0 for p, v in zip(*rows, strict=True)]
+            for rows in zip(prediction, valid, strict=True)
+        ]
     )
     kept = usable if kept is None else usable & kept
     on_boundary = np.zeros(truth.shape, bool)
@@ -40,7 +44,7 @@ def loop_flying(prediction, truth, valid, eta, beta, kept=None):
             continue
         counted[pixel] = True
         depths = sorted(truth[window(*pixel)][valid[window(*pixel)]])
-        gaps = [b - a for a, b in zip(depths, depths[1:])]
+        gaps = [b - a for a, b in itertools.pairwise(depths)]
         split = gaps.index(max(gaps)) + 1
         d1, d2 = statistics.median(depths[:split]), statistics.median(depths[split:])
         margin = beta * (d2 - d1)

@@ -20,7 +20,7 @@ def test_nearest_reads_the_pixel_under_the_centre(old, new):
     assert resized.shape == new
     for i in range(new[0]):
         for j in range(new[1]):
-            row, column = (math.floor((k + Fraction(1, 2)) * o / n) for k, o, n in zip((i, j), old, new))
+            row, column = (math.floor((k + Fraction(1, 2)) * o / n) for k, o, n in zip((i, j), old, new, strict=True))
             assert resized[i, j] == image[row, column]
 
 
@@ -59,7 +59,7 @@ def test_unusable_depths_neither_spread_nor_count(hole, resample):
 def test_counts(case):
     prediction, truth, valid = case
     frame = Frame(prediction, truth, valid)
-    usable = sum(bool(v) and math.isfinite(p) and p > 0 for p, v in zip(prediction.flat, valid.flat))
+    usable = sum(bool(v) and math.isfinite(p) and p > 0 for p, v in zip(prediction.flat, valid.flat, strict=True))
     assert frame.nonfinite == valid.sum() - usable
     assert frame.coverage == (usable / valid.sum() if valid.any() else None)
     np.testing.assert_array_equal(frame.prediction[frame.compared], prediction[frame.compared])
