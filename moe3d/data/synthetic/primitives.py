@@ -91,9 +91,9 @@ def local_normals(kind: int, points: Array, size: Array) -> Array:
 
 def _first_positive(*candidates: Array) -> Array:
     """The smallest candidate above zero; inf where there is none."""
-    smallest = np.inf
+    smallest = np.full_like(candidates[0], np.inf)
     for t in candidates:
-        smallest = np.minimum(smallest, np.where(t > NEAREST_HIT, t, np.inf))
+        np.minimum(smallest, np.where(t > NEAREST_HIT, t, np.inf), out=smallest)
     return smallest
 
 
