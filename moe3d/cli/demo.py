@@ -84,27 +84,41 @@ class Models:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="moe3d-demo", metavar="DIR", help="folder to write to (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=_folder, default="moe3d-demo", metavar="DIR", help="folder to write to (default: %(default)s)"
+    )
     parser.add_argument("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
+
+
+def _folder(name: str) -> Path:
+    if not name:
+        raise argparse.ArgumentTypeError("must name a folder, got an empty string")
+    return Path(name)
 
 
 def run(args: argparse.Namespace) -> None:
     with output_folder(args.out) as folder:
         report = write_demo(folder, load_models(args.backend))
     print(as_table(report))
-    print(f"\nreport: {Path(args.out) / 'report.html'}")
+    print(f"\nreport: {args.out / 'report.html'}")
 
 
-def load_models(backend: str) -> Models:
-    """The shipped models, on the GPU where there is one for this backend; "auto" becomes the fastest that can run."""
-    device = torch.device("cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu")
-    if backend == AUTO:
-        candidates = (name for name, reason in moe3d.backends().items() if reason is None)
-        backend = next(name for name in candidates if (name in GPU_BACKENDS) <= (device.type == "cuda"))
+def load_models(asked_for: str) -> Models:
+    """The shipped models, with the backend that is asked for, where it runs."""
+    backend, device = choose_backend(asked_for, torch.cuda.is_available())
     stock, moe = (moe3d.load_mini(head).to(device) for head in ("single", "moe"))
     for head in patched_heads(moe).values():
         head.tail.backend = backend
-    return Models(stock, moe, backend, device)
+    return Models(stock, moe, backend, torch.device(device))
+
+
+def choose_backend(asked_for: str, has_gpu: bool) -> tuple[str, str]:
+    """Backend and device ("cuda" or "cpu"); "auto" becomes the fastest that can run, so that the report can name it."""
+    device = "cuda" if has_gpu and asked_for != "cpu" else "cpu"
+    if asked_for != AUTO:
+        return asked_for, device
+    can_run = (name for name, reason in moe3d.backends().items() if reason is None)
+    return next(name for name in can_run if device == "cuda" or name not in GPU_BACKENDS), device
 
 
 def write_demo(
