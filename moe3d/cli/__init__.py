@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = None
     try:
+        _be_lenient_with_output()
         with _termination_unwinds():
             args = _parse(sys.argv[1:] if argv is None else list(argv))
             args.run(args)
@@ -63,6 +65,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _be_lenient_with_output() -> None:
+    """Lines appear at once in a log, too, and a path that the terminal cannot show is escaped instead of an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 class _Terminated(BaseException):

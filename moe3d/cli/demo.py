@@ -231,19 +231,21 @@ def _scene_entry(scene: DemoScene, comparison: SceneComparison, views: int) -> d
 
 
 def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
-    """Both models in turn, so that what else the machine does hits both; the predictions before were the warm-up."""
-    seconds: dict[str, list[float]] = {"stock": [], "moe": []}
+    """Both models in turn, so that whatever else the machine does hits both, after a round that warms up."""
+    runs = {"stock": models.stock, "moe": models.moe}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
-        for _ in range(rounds):
-            for name, model in (("stock", models.stock), ("moe", models.moe)):
+        for number in range(rounds + 1):
+            for name, model in runs.items():
                 seconds[name].append(time_call(lambda model=model: model(images), str(models.device)))
-            progress.update()
-    overhead = ratio_of_medians(seconds["moe"], seconds["stock"]).percent_more
+            progress.update(number > 0)
+    stock, moe = seconds["stock"][1:], seconds["moe"][1:]
+    overhead = ratio_of_medians(moe, stock).percent_more
     return {
         "overhead_percent": overhead.value,
         "interval_percent": [overhead.low, overhead.high],
-        "stock_seconds": median(seconds["stock"]),
-        "moe_seconds": median(seconds["moe"]),
+        "stock_seconds": median(stock),
+        "moe_seconds": median(moe),
         "rounds": rounds,
         "views": len(images),
         "size": list(images.shape[2:]),
@@ -253,8 +255,8 @@ def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
 def _report(entries: list[dict], timing: dict, models: Models) -> dict:
     return {
         "scenes": entries,
-        "mean": {head: _means([entry[head] for entry in entries]) for head in ("stock", "moe")},
-        "overhead_percent": timing.pop("overhead_percent"),
+        "mean": _mean(entries),
+        "overhead_percent": timing["overhead_percent"],
         "timing": timing,
         "backend": models.backend,
         "device": _device_name(models.device),
@@ -263,10 +265,14 @@ def _report(entries: list[dict], timing: dict, models: Models) -> dict:
     }
 
 
-def _means(metrics: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Plain means over the scenes where a metric is defined."""
-    defined = {key: [m[key] for m in metrics if m[key] is not None] for key in METRICS}
-    return {key: fmean(values) if values else None for key, values in defined.items()}
+def _mean(entries: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Plain means over the scenes where a metric is defined for both heads."""
+
+    def mean(head: str, key: str) -> float | None:
+        values = [entry[head][key] for entry in entries if None not in (entry["stock"][key], entry["moe"][key])]
+        return fmean(values) if values else None
+
+    return {head: {key: mean(head, key) for key in METRICS} for head in ("stock", "moe")}
 
 
 def _device_name(device: torch.device) -> str:
