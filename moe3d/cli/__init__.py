@@ -22,6 +22,7 @@ from moe3d._version import __version__
 
 COMMANDS = {  # module of this folder -> what it does, for the list of commands and its own help
     "demo": "run the shipped model on a real and on synthetic scenes, stock head beside MoE head, and write a report",
+    "bench": "time the head on this machine: every backend against the stock head, each checked before it is timed",
     "info": "show versions, and which backends can run on this machine or why not",
 }
 

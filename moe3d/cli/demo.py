@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -133,21 +134,21 @@ def write_demo(
         width: of the images that the models get.
         rounds: of timing.
     """
-    entries, page_scenes, timed = [], [], None
+    entries, page_scenes, views = [], [], []
     with tqdm(total=len(scenes) + rounds, disable=None, leave=False) as progress:
         for scene in scenes:
             progress.set_description(scene.title)
             sample = open_dataset(scene.dataset).load(scene.sequence, scene.frames)
             images = prepare_views(sample, width).to(models.device)
-            note = resize_note(tuple(sample.images.shape[2:]), tuple(images.shape[2:]))
+            views.append(images)
+            note = resize_note(sample.images.shape[2:], images.shape[2:])
             progress.write(f"{scene.title}: {len(images)} views, {note or 'as they are'}")
             comparison = _compare(sample, images, models)
             page_scenes.append(_write_scene(folder / scene.name, scene, comparison))
             entries.append(_scene_entry(scene, comparison, len(images)))
-            timed = images if timed is None else timed
             progress.update()
         progress.set_description("Timing")
-        timing = _time(models, timed, rounds, progress)
+        timing = _time(models, views[0], rounds, progress)
     report = _report(entries, timing, models)
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
     (folder / "report.html").write_text(render_page(report, page_scenes), "utf-8")
@@ -237,7 +238,7 @@ def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
     with torch.inference_mode():
         for number in range(rounds + 1):
             for name, model in runs.items():
-                seconds[name].append(time_call(lambda model=model: model(images), str(models.device)))
+                seconds[name].append(time_call(partial(model, images), str(models.device)))
             progress.update(number > 0)
     stock, moe = seconds["stock"][1:], seconds["moe"][1:]
     overhead = ratio_of_medians(moe, stock).percent_more
