@@ -17,8 +17,10 @@ import numpy as np
 from moe3d.viz.colors import colormap, expert_colors
 from moe3d.viz.pictures import ERROR_LIMIT, FLYING, LANDED
 
-SAME = 0.01
-"""Two values that differ by no more than this fraction of the larger are called about the same."""
+SAME, SAME_AT_ZERO = 0.01, 0.002
+"""Two values are called about the same if they differ by no more than this fraction of the larger, or than this."""
+EDGES = 0.05
+"""Below this boundary F1 the page says that a head draws no edges to speak of."""
 
 
 class Metric(NamedTuple):
@@ -57,6 +59,7 @@ METRICS = {
         "fraction of true boundary pixels whose prediction hangs between the near and the far surface, on neither",
     ),
 }
+_TONES = {"better": "good", "worse": "bad"}
 _LAYERS = {"depth": "Depth", "error": "Error", "flying": "Flying points", "points": "Side view"}
 
 
@@ -123,7 +126,7 @@ def gate_words(weights: np.ndarray) -> str:
 def _judge(key: str, stock: float | None, moe: float | None) -> str | None:
     if stock is None or moe is None:
         return None
-    if abs(moe - stock) <= SAME * max(abs(stock), abs(moe)):
+    if abs(moe - stock) <= max(SAME * max(stock, moe), SAME_AT_ZERO):
         return "about the same"
     return "better" if (moe > stock) == METRICS[key].higher_is_better else "worse"
 
@@ -149,9 +152,9 @@ def _tile(key: str, mean: Mapping) -> str:
     stock, moe = mean["stock"][key], mean["moe"][key]
     judgement = _judge(key, stock, moe)
     change = judgement or "not defined here"
-    if judgement and stock:
+    if judgement in _TONES and stock:
         change = f"{moe / stock - 1:+.1%} · {judgement}"
-    tone = {"better": "good", "worse": "bad"}.get(change.split(" · ")[-1], "")
+    tone = _TONES.get(judgement or "", "")
     return f"""<div class="tile"><h3>{METRICS[key].name}</h3>
 <div class="pair"><small>{_text(key, stock)} →</small> {_text(key, moe)}</div>
 <div class="change {tone}">{change}</div></div>"""
@@ -215,8 +218,10 @@ def _scene(numbers: Mapping, scene: PageScene) -> str:
 
 
 def _scene_words(numbers: Mapping) -> str:
-    words = compare_words(numbers["stock"], numbers["moe"])
-    floor = numbers["truth_flying_rate"]
+    stock, moe, floor = numbers["stock"], numbers["moe"], numbers["truth_flying_rate"]
+    words = compare_words(stock, moe)
+    if stock["si_f1"] is not None and moe["si_f1"] is not None and max(stock["si_f1"], moe["si_f1"]) < EDGES:
+        words += " Neither head’s depth edges are where the true ones are."
     if floor:
         words += (
             f" A perfect prediction would count {floor:.1%} flying points, where a window holds more than two surfaces."
@@ -324,7 +329,7 @@ def _footer(report: Mapping) -> str:
 <p>The backbone, the camera head and all of the depth head before its last block are the same weights in both. With
 {report["parameters"] / 1e6:.1f} million parameters it is a model to see the head’s effect on, not one that reconstructs
 well. Only the first view of each scene is shown and judged. In bold: the better of two values that differ by more than
-{SAME:.0%}.</p>
+{SAME:.0%} and {SAME_AT_ZERO}.</p>
 <p>Time: {timing["views"]} views of {_size(timing["size"])} through the whole network, {escape(report["device"])},
 medians of {timing["rounds"]} interleaved rounds; in brackets the 95% interval of the overhead.</p>
 <p>Point clouds are in metres. GLB files have glTF’s axes (y up, looking along −z), PLY files the first camera’s (x

@@ -80,7 +80,7 @@ def flying_picture(image: np.ndarray, flying: np.ndarray, boundary: np.ndarray) 
 
 
 def point_picture(points: np.ndarray, colors: np.ndarray, size: tuple[int, int], focal: float) -> np.ndarray:
-    """Points seen by a pinhole camera, 2x2 pixels each, the nearest in front, on dark grey.
+    """Points seen by a pinhole camera, 3x3 pixels each, the nearest in front, on dark grey.
 
     Args:
         points: [N, 3] in the camera's frame (x right, y down, z forward); what is not in front of it is left out.
@@ -92,9 +92,9 @@ def point_picture(points: np.ndarray, colors: np.ndarray, size: tuple[int, int],
     seen = points[:, 2] > 0
     order = np.argsort(-points[seen, 2], kind="stable")  # the nearest is painted last
     points, colors = points[seen][order], colors[seen][order]
-    corner = np.floor(points[:, :2] * (focal / points[:, 2:]) + [width / 2, height / 2]).astype(int)
-    pixel = (corner[:, None] + [[0, 0], [1, 0], [0, 1], [1, 1]]).reshape(-1, 2)
+    centre = np.floor(points[:, :2] * (focal / points[:, 2:]) + [width / 2, height / 2]).astype(int)
+    pixel = (centre[:, None] + np.mgrid[-1:2, -1:2].reshape(2, 9).T).reshape(-1, 2)
     inside = ((pixel >= 0) & (pixel < [width, height])).all(axis=1)
     picture = np.full((height, width, 3), EMPTY, dtype=np.uint8)
-    picture[pixel[inside, 1], pixel[inside, 0]] = np.repeat(colors, 4, axis=0)[inside]
+    picture[pixel[inside, 1], pixel[inside, 0]] = np.repeat(colors, 9, axis=0)[inside]
     return picture

@@ -97,6 +97,17 @@ def test_equal_and_undefined_values_get_no_praise():
     assert "about the same" in compare_words(dict.fromkeys(METRICS, 0.0), dict.fromkeys(METRICS, 0.0))
 
 
+def test_values_next_to_zero_are_not_compared_by_their_ratio(small_report):
+    tiny = [dict.fromkeys(METRICS, value) for value in (0.0005, 0.0015)]
+    assert "better" not in compare_words(*tiny) and "worse" not in compare_words(*tiny)
+    report, scenes = small_report
+    entry = report["scenes"][0]
+    blurred = entry | {"stock": entry["stock"] | {"si_f1": 0.01}, "moe": entry["moe"] | {"si_f1": 0.04}}
+    sentence = "Neither head’s depth edges are where the true ones are."
+    assert sentence in render_page({**report, "scenes": [blurred]}, scenes[:1])
+    assert sentence not in render_page(report, scenes)
+
+
 @pytest.mark.parametrize("key", METRICS)
 def test_better_and_worse_change_places_with_the_heads(key):
     low, high = dict.fromkeys(METRICS) | {key: 0.2}, dict.fromkeys(METRICS) | {key: 0.4}

@@ -107,9 +107,9 @@ def test_points_land_where_the_camera_sees_them_the_nearest_in_front():
     points = np.array([[0, 0, 2.0], [0, 0, 1.0], [1.0, -0.5, 1.0], [0, 0, -1.0]])
     colors = np.array([[1, 1, 1], [2, 2, 2], [3, 3, 3], [4, 4, 4]], np.uint8)
     picture = point_picture(points, colors, (20, 30), focal=10)
-    np.testing.assert_array_equal(picture[10:12, 15:17], np.full((2, 2, 3), 2))
-    np.testing.assert_array_equal(picture[5:7, 25:27], np.full((2, 2, 3), 3))  # right of the centre, and above it
-    assert (picture == EMPTY).all(axis=2).sum() == 20 * 30 - 8
+    np.testing.assert_array_equal(picture[9:12, 14:17], np.full((3, 3, 3), 2))
+    np.testing.assert_array_equal(picture[4:7, 24:27], np.full((3, 3, 3), 3))  # right of the centre, and above it
+    assert (picture == EMPTY).all(axis=2).sum() == 20 * 30 - 18
 
 
 def test_points_outside_the_picture_are_left_out():
