@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe3d.losses import entropy_loss, moe_depth_loss, normalise_scale
 from moe3d.models import MiniVGGT
 from moe3d.nn import MoEHead
+from moe3d.ops.types import MoEOutput
 from moe3d.position import position_tables
 from moe3d.training.pool import Shard
 
@@ -24,8 +25,8 @@ class FinetuneOptions:
     """The recipe of both arms."""
 
     steps: int = 400
-    sweep_steps: int = 60
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    sweep_steps: int = 50
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     """Each is tried for ``sweep_steps``; the one with the least validation loss is used."""
     pixels: int = 24_000
     """Pixels per step, about."""
@@ -51,7 +52,8 @@ class Features:
     @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
-        return tuple(self.depth.shape[-2:])
+        height, width = self.depth.shape[-2:]
+        return height, width
 
 
 @torch.no_grad()
@@ -72,7 +74,8 @@ def _cache(model: MiniVGGT, shard: Shard) -> Features:
     valid = shard["depth"] > 0
     depth, _ = normalise_scale(shard["depth"].float(), valid, shard["intrinsics"], shard["extrinsics"])
     fused: list[Tensor] = []
-    hook = model.depth_head.scratch.output_conv1.register_forward_hook(lambda *call: fused.append(call[-1].half()))
+    last_front_layer = model.get_submodule("depth_head.scratch.output_conv1")
+    hook = last_front_layer.register_forward_hook(lambda *call: fused.append(call[-1].half()))
     try:
         for images in (shard["images"] / 255).split(4):
             model(images)
@@ -106,7 +109,7 @@ class Arm:
             if step % 100 == 0 or step == self.options.steps:
                 log({"arm": self.name, "step": step, "validation": measure(tail, val)})
 
-        fit(tail, train, min(losses, key=losses.get), self.options.steps, self.options, report)
+        fit(tail, train, min(losses, key=lambda rate: losses[rate]), self.options.steps, self.options, report)
         return tail
 
     def _try(self, rate: float, train: list[Features], val: list[Features], log: Log) -> float:
@@ -140,7 +143,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + np.cos(np.pi * step / steps))
         fused, truth = draw(train, step, options)
-        output = apply_tail(tail, fused, truth.shape[-2:])
+        output = apply_tail(tail, fused, (truth.shape[-2], truth.shape[-1]))
         losses = {"depth": moe_depth_loss(output.prediction[:, 0], truth, truth > 0)}
         total = losses["depth"]
         if tail.num_experts > 1:
@@ -164,9 +167,9 @@ def draw(train: list[Features], step: int, options: FinetuneOptions) -> tuple[Te
     return features.fused[chosen].float(), features.depth[chosen].float()
 
 
-def apply_tail(tail: MoEHead, fused: Tensor, size: tuple[int, int]):
+def apply_tail(tail: MoEHead, fused: Tensor, size: tuple[int, int]) -> MoEOutput:
     """The tail on cached features [N, C, h, w], as the patched depth head calls it."""
-    return tail(fused, tuple(size), pos=position_tables(size, fused.shape[1], size[1] / size[0], fused))
+    return tail(fused, size, pos=position_tables(size, fused.shape[1], size[1] / size[0], fused))
 
 
 @torch.no_grad()
@@ -178,11 +181,12 @@ def measure(tail: MoEHead, sets: list[Features]) -> dict:
     for features in sets:
         truth = features.depth.float()
         output = apply_tail(tail, features.fused.float(), features.size)
+        assert output.weights is not None  # return_experts is on
         losses.append(moe_depth_loss(output.prediction[:, 0], truth, truth > 0).item())
         entropies.append(output.entropy.mean().item())
         usages.append(torch.bincount(output.weights.argmax(1).flatten(), minlength=tail.num_experts) / truth.numel())
     tail.return_experts = False
-    result = {"depth_loss": float(np.mean(losses))}
+    result: dict = {"depth_loss": float(np.mean(losses))}
     if tail.num_experts > 1:
         result |= {"entropy": float(np.mean(entropies)), "usage": torch.stack(usages).mean(0).tolist()}
     return result
@@ -190,9 +194,11 @@ def measure(tail: MoEHead, sets: list[Features]) -> dict:
 
 def stock_block(tail: MoEHead, block: nn.Sequential) -> None:
     """Write a trained K = 1 tail back into the plain block that it was copied from."""
-    first, _, last = block
-    with torch.no_grad():
-        first.weight.copy_(tail.expert_w1[0])
-        first.bias.copy_(tail.expert_b1[0])
-        last.weight.copy_(tail.expert_w2[0, :, :, None, None])
-        last.bias.copy_(tail.expert_b2[0])
+    block.load_state_dict(
+        {
+            "0.weight": tail.expert_w1[0],
+            "0.bias": tail.expert_b1[0],
+            "2.weight": tail.expert_w2[0, :, :, None, None],
+            "2.bias": tail.expert_b2[0],
+        }
+    )

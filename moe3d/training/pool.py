@@ -90,7 +90,8 @@ class Pool:
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             if path.name not in self._loaded:
                 shard = _read(path)
-                self._shards.setdefault(tuple(shard["depth"].shape[-2:]), []).append(shard)
+                height, width = shard["depth"].shape[-2:]
+                self._shards.setdefault((height, width), []).append(shard)
                 self._loaded.add(path.name)
 
     def wait(self) -> None:

@@ -8,11 +8,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from moe3d.geometry import encode_pose
@@ -41,7 +42,7 @@ class PretrainOptions:
 
     steps: int = 1_000_000
     """The run ends after this many steps ..."""
-    minutes: float = 65.0
+    minutes: float = 60.0
     """... or minutes, whichever comes first; the learning rate reaches zero there."""
     learning_rate: float = 8e-4
     weight_decay: float = 0.05
@@ -67,7 +68,7 @@ class Run:
         torch.manual_seed(options.seed)
         self.model = MiniVGGT()
         scale_initial_weights(self.model)
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, options.weight_decay), lr=0.0, betas=(0.9, 0.99), fused=True
         )
@@ -119,7 +120,7 @@ class Run:
             group["lr"] = rate
         self.model.train()
         losses = pretrain_losses(_predict(self.model, batch["images"], options.autocast), batch)
-        total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
+        total = torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
         if not torch.isfinite(total):
             raise RuntimeError(f"the loss is not finite at step {self.step}; the last checkpoint is {self._checkpoint}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -132,7 +133,7 @@ class Run:
 
     def _average_gradients(self) -> None:
         if dist.is_initialized():
-            gradients = [p.grad for p in self.model.parameters()]
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             flat = _flatten_dense_tensors(gradients)
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
@@ -181,12 +182,17 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
 
+def output_block(model: MiniVGGT) -> nn.Sequential:
+    """The last block of the stock depth head, where MoE3D's experts come from."""
+    return cast(nn.Sequential, model.depth_head.scratch.output_conv2)
+
+
 @torch.no_grad()
 def scale_initial_weights(model: MiniVGGT) -> None:
     """Give every layer a say from the first step: all signals start with a variance of about one.
 
-    Under a truncated normal of 0.02, usual for wide transformers, narrow blocks would add next to nothing to their
-    input, and for thousands of steps the network would learn the average room instead of the picture.
+    A truncated normal of 0.02, usual for wide transformers, lets blocks as narrow as these add next to nothing to their
+    input, and PyTorch's convolutions shrink the signal at every layer of the depth head.
     """
     blocks = [*model.aggregator.frame_blocks, *model.aggregator.global_blocks]
     for block in blocks:
@@ -195,9 +201,9 @@ def scale_initial_weights(model: MiniVGGT) -> None:
         for layer in (block.attn.proj, block.mlp[2]):  # these add up: two per block
             layer.weight.normal_(std=(2 * len(blocks) * layer.in_features) ** -0.5)
     for module in model.depth_head.modules():
-        if isinstance(module, torch.nn.Conv2d):
+        if isinstance(module, nn.Conv2d):
             module.weight.normal_(std=module.weight[0].numel() ** -0.5)
-    model.depth_head.scratch.output_conv2[-1].weight.mul_(0.2)  # begins near a depth of one
+    cast(nn.Conv2d, output_block(model)[-1]).weight.mul_(0.2)  # begins near a depth of one
 
 
 def prepare(batch: dict[str, Tensor], rng: np.random.Generator, pixels: int) -> dict[str, Tensor]:
@@ -206,7 +212,8 @@ def prepare(batch: dict[str, Tensor], rng: np.random.Generator, pixels: int) -> 
     batch = augment(batch | {"images": batch["images"] / 255, "depth": batch["depth"].float()}, rng)
     valid = batch["depth"] > 0
     depth, extrinsics = normalise_scale(batch["depth"], valid, batch["intrinsics"], batch["extrinsics"])
-    pose_enc = encode_pose(extrinsics, batch["intrinsics"], batch["images"].shape[-2:])
+    height, width = batch["images"].shape[-2:]
+    pose_enc = encode_pose(extrinsics, batch["intrinsics"], (height, width))
     return {"images": batch["images"], "depth": depth, "valid": valid, "pose_enc": pose_enc}
 
 

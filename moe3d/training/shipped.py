@@ -26,7 +26,7 @@ from moe3d.integrations.vggt import patched_heads
 from moe3d.models import load_mini, save_mini
 from moe3d.training.finetune import Arm, FinetuneOptions, cache_features, stock_block
 from moe3d.training.pool import Pool, as_shard, read_shards, render_pool
-from moe3d.training.pretrain import PretrainOptions, Run
+from moe3d.training.pretrain import PretrainOptions, Run, output_block
 from moe3d.training.validate import evaluate, motorcycle, scenes, trivial_metrics
 
 SHARDS = 336  # of the pool, 16 scenes each
@@ -63,7 +63,7 @@ def finetune(folder: Path, options: FinetuneOptions, shards: int = FINETUNE_SHAR
     val = cache_features(model, [as_shard([sample]) for sample in scenes("val", VALIDATION_SCENES)])
     log = _logger(folder / "finetune.jsonl")
 
-    block = model.depth_head.scratch.output_conv2
+    block = output_block(model)
     moe = Arm("moe", block, options.num_experts, options).run(train, val, log)
     stock = Arm("stock", block, 1, options).run(train, val, log)
 
@@ -108,10 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ:  # torchrun
         torch.distributed.init_process_group("gloo")
     if args.stage in ("pretrain", "all"):
         pretrain(args.out, PretrainOptions(steps=args.steps, minutes=args.minutes), args.shards)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # what follows is one process's work
     if args.stage in ("finetune", "all"):
         finetune(args.out, FinetuneOptions(steps=args.finetune_steps))
     if args.stage in ("evaluate", "all"):

@@ -38,7 +38,7 @@ def trivial_metrics(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     samples, which favours it.
     """
     slopes = [(ratio, power) for ratio in np.geomspace(0.4, 6, 28) for power in (1, -1)]
-    best = max(slopes, key=lambda slope: aggregate_depth([_depth(_ramp(s, *slope), s) for s in samples])["delta1"])
+    best = max(slopes, key=lambda slope: _delta1(samples, *slope))
     return {
         "constant": _metrics(samples, lambda sample: _ramp(sample, 1.0, 1)),
         "ramp": _metrics(samples, lambda sample: _ramp(sample, *best)),
@@ -80,6 +80,10 @@ def _metrics(samples: Sequence[Sample], predict: Callable[[Sample], np.ndarray])
     ]
     means = aggregate_depth(depth) | aggregate_boundary(boundary)
     return {key: round(means[key], 4) for key in METRICS}
+
+
+def _delta1(samples: Sequence[Sample], ratio: float, power: int) -> float:
+    return aggregate_depth([_depth(_ramp(sample, ratio, power), sample) for sample in samples])["delta1"] or 0.0
 
 
 def _depth(prediction: np.ndarray, sample: Sample) -> dict:
