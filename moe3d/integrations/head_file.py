@@ -144,8 +144,12 @@ def _load(path, heads: dict, tensors: dict[str, Tensor]) -> None:
     if different:
         raise ValueError(f"{path} does not fit the model: {different[0]} is in only one of them")
     for key, value in wanted.items():
-        found = list(tensors[key].shape)
-        if found != list(value.shape):
-            raise ValueError(f"{path} does not fit the model: {key} has shape {found}, expected {list(value.shape)}")
+        found = tensors[key]
+        if found.shape != value.shape:
+            raise ValueError(
+                f"{path} does not fit the model: {key} has shape {list(found.shape)}, expected {list(value.shape)}"
+            )
+        if not found.is_floating_point():
+            raise ValueError(f"{path} is damaged: {key} holds {found.dtype}, expected floating point")
     for name, head in heads.items():
         head.tail.load_state_dict({key: tensors[f"{name}.{key}"] for key in head.tail.state_dict()})

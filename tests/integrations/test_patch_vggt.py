@@ -11,8 +11,20 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from support import models
-from support.models import HEIGHT, WIDTH, images
+from support import ddp, models
+from support.models import (
+    BOTH,
+    HEIGHT,
+    WIDTH,
+    assert_equal,
+    assert_untouched,
+    disturb,
+    fingerprint,
+    images,
+    predict,
+    state,
+    tensors,
+)  # fmt: skip
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +32,6 @@ import moe3d
 from moe3d.integrations.dpt import PatchedDPTHead
 from moe3d.models import DPTHead
 
-BOTH = ("depth", "point")
 STOCK = {"init_noise": 0.0, "optimize_head": False, "backend": "reference"}
 
 
@@ -28,57 +39,6 @@ STOCK = {"init_noise": 0.0, "optimize_head": False, "backend": "reference"}
 def make(request):
     """Builds the same small model each time it is called."""
     return getattr(models, request.param)
-
-
-def tensors(predictions):
-    """The dictionary's tensors by key; lists of tensors by key and index."""
-    flat = {}
-    for key, value in predictions.items():
-        flat |= {key: value} if isinstance(value, torch.Tensor) else {f"{key}.{i}": v for i, v in enumerate(value)}
-    return flat
-
-
-@torch.no_grad()
-def predict(model, batch=None):
-    return tensors(model(images(3) if batch is None else batch))
-
-
-def assert_equal(actual, expected):
-    assert list(actual) == list(expected)
-    for key, value in expected.items():
-        assert torch.equal(actual[key], value), key
-
-
-def state(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def fingerprint(model):
-    """Everything that patching may touch: parameters in order, classes, attributes, hooks, flags."""
-    return (
-        [(key, value.clone()) for key, value in model.state_dict().items()],
-        [(name, type(m), sorted(vars(m)), m.training) for name, m in model.named_modules()],
-        [(name, p.requires_grad, p.dtype, p.device) for name, p in model.named_parameters()],
-        [list(hooks) for hooks in (model._forward_hooks, model._forward_pre_hooks, model._forward_hooks_always_called)],
-    )
-
-
-def assert_untouched(model, before):
-    (state_before, *rest_before), (state_now, *rest_now) = before, fingerprint(model)
-    assert rest_now == rest_before
-    assert [key for key, _ in state_now] == [key for key, _ in state_before]
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state_now, state_before, strict=True))
-
-
-def disturb(model):
-    """A patched model whose gate and experts have gone somewhere."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for head in (model.depth_head, model.point_head):
-            if isinstance(head, PatchedDPTHead):
-                for parameter in head.tail.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.05)
-    return model
 
 
 def depth_tokens(model, batch):
@@ -443,11 +403,12 @@ def test_a_smooth_image_gate_sees_the_image(make):
 def test_the_track_head_is_left_alone():
     model = models.real(enable_track=True)
     before = state(model.track_head)
+    batch = images(2, size=(140, 140))  # its correlation pyramid has seven levels
     queries = torch.tensor([[10.0, 12.0], [30.0, 20.0]])
     with torch.no_grad():
-        stock = model(images(2), query_points=queries)
+        stock = model(batch, query_points=queries)
         moe3d.patch_vggt(model, heads=BOTH)
-        patched = model(images(2), query_points=queries)
+        patched = model(batch, query_points=queries)
     assert not any(isinstance(module, PatchedDPTHead) for module in model.track_head.modules())
     assert_equal(state(model.track_head), before)
     for key in ("track", "vis", "conf"):
@@ -515,6 +476,19 @@ def test_activation_checkpointing(use_reentrant):
     for a, b in zip(gradients(checkpointed), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
     assert model.depth_head.extras == {}
+
+
+def test_distributed_training_with_a_frozen_backbone(tmp_path):
+    """Two processes, two batches: both end with the mean of the gradients."""
+    torch.multiprocessing.spawn(ddp.step, args=(2, str(tmp_path)), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    model = ddp.patched()
+    (sum(ddp.loss_of(model, rank) for rank in range(2)) / 2).backward()
+    expected = ddp.gradients(model)
+    for gradients in found:
+        assert gradients.keys() == expected.keys() and all(".output_conv2." in name for name in expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("image_gate", [False, True])
