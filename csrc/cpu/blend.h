@@ -9,12 +9,14 @@ namespace {
 void blend_columns(const float* products, const ColumnBlend* blends, int64_t begin, int64_t end, const float* start,
                    float* out, int64_t out_plane) {
   for (int64_t X = begin; X < end; ++X) {
-    const ColumnBlend& blend = blends[X];
+    const ColumnBlend blend = blends[X];  // a copy, which stores to `out` cannot change
+    Vec weight[kBlend];
+    for (int t = 0; t < kBlend; ++t) weight[t] = broadcast(blend.weight[t]);
     for (int v = 0; v < kGroupVecs; ++v)
       for (int dy = 0; dy < 3; ++dy) {
         const int64_t at = dy * kRowTap + v * kLanes, to = dy * out_plane + X * kGroup + v * kLanes;
         Vec sum = start ? load(start + to) : Vec{};
-        for (int t = 0; t < kBlend; ++t) sum += blend.weight[t] * load(products + blend.offset[t] + at);
+        for (int t = 0; t < kBlend; ++t) sum += weight[t] * load(products + blend.offset[t] + at);
         store(out + to, sum);
       }
   }
@@ -85,12 +87,21 @@ void second_layer_weights(const float* hidden, int64_t count, const float* grad_
     }
 }
 
-void sum_rows(const float* const* rows, const float* weights, int64_t terms, int64_t count, bool accumulate,
-              float* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Vec sum = accumulate ? load(out + i) : Vec{};
-    for (int64_t t = 0; t < terms; ++t) sum += weights[t] * load(rows[t] + i);
-    store(out + i, sum);
+void add_row(const float* row, float weight, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(out + i) + weight * load(row + i));
+}
+
+void scatter_columns(const float* rows, int64_t row_plane, const ColumnBlend* blends, int64_t width, float* products) {
+  for (int64_t X = 0; X < width; ++X) {
+    const ColumnBlend blend = blends[X];  // a copy, which stores to `products` cannot change
+    for (int v = 0; v < kGroupVecs; ++v)
+      for (int dy = 0; dy < 3; ++dy) {
+        const Vec row = load(rows + dy * row_plane + X * kGroup + v * kLanes);
+        for (int t = 0; t < kBlend; ++t) {
+          float* out = products + blend.offset[t] + dy * kRowTap + v * kLanes;
+          store(out, load(out) + blend.weight[t] * row);
+        }
+      }
   }
 }
 

@@ -21,21 +21,20 @@ inline void gemm_tile(const Gemm& g, const float* a, const float* b, float* c) {
       for (int j = 0; j < Vecs; ++j) sum[i][j] += left * right[j];
     }
   }
+  if (g.accumulate)
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Vecs; ++j) sum[i][j] += load(c + i * g.c_row + j * kLanes);
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vecs; ++j) {
-      float* out = c + i * g.c_row + j * kLanes;
-      store(out, g.accumulate ? load(out) + sum[i][j] : sum[i][j]);
-    }
+    for (int j = 0; j < Vecs; ++j) store(c + i * g.c_row + j * kLanes, sum[i][j]);
 }
 
+// Panels outside, blocks of rows inside: a panel of b stays in L1 while the rows of a, fewer, come from L2.
 template <int Rows, int Vecs>
 void gemm(const Gemm& g) {
-  for (int64_t block = 0; block < g.row_blocks; ++block) {
-    const float* a = g.a + block * Rows * g.a_row;
-    float* c = g.c + block * Rows * g.c_row;
-    for (int64_t panel = 0; panel < g.panels; ++panel)
-      gemm_tile<Rows, Vecs>(g, a, g.b + panel * g.b_panel, c + panel * Vecs * kLanes);
-  }
+  for (int64_t panel = 0; panel < g.panels; ++panel)
+    for (int64_t block = 0; block < g.row_blocks; ++block)
+      gemm_tile<Rows, Vecs>(g, g.a + block * Rows * g.a_row, g.b + panel * g.b_panel,
+                            g.c + block * Rows * g.c_row + panel * Vecs * kLanes);
 }
 
 }  // namespace

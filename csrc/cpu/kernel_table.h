@@ -26,7 +26,8 @@ Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
   kernels.mix_backward = mix_backward;
   kernels.second_layer_backward = second_layer_backward;
   kernels.second_layer_weights = second_layer_weights;
-  kernels.sum_rows = sum_rows;
+  kernels.add_row = add_row;
+  kernels.scatter_columns = scatter_columns;
   return kernels;
 }
 

@@ -39,8 +39,8 @@ inline void tile(const Gemm& g, const float* a, const float* b, float* c) {
 }  // namespace
 
 void gemm_avx512_bf16(const Gemm& g) {
-  for (int64_t block = 0; block < g.row_blocks; ++block)
-    for (int64_t panel = 0; panel < g.panels; ++panel)
+  for (int64_t panel = 0; panel < g.panels; ++panel)
+    for (int64_t block = 0; block < g.row_blocks; ++block)
       tile(g, g.a + block * kRows * g.a_row, g.b + panel * g.b_panel,
            g.c + block * kRows * g.c_row + panel * kVecs * kLanes);
 }

@@ -26,7 +26,7 @@ inline float at_least(float value, float floor) { return value < floor ? floor :
 void activate(Activation kind, const float* y, int64_t channels, int64_t count, float* d) {
   const auto each = [&](auto f) {
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < count; ++i) d[c * kTileWidth + i] = f(y[c * kTileWidth + i]);
+      each_pixel(count, [=](int64_t i) { d[c * kTileWidth + i] = f(y[c * kTileWidth + i]); });
   };
   switch (kind) {
     case Activation::exp: return each([](float v) { return fast_exp(v); });
@@ -35,21 +35,21 @@ void activate(Activation kind, const float* y, int64_t channels, int64_t count, 
     case Activation::linear: return each([](float v) { return v; });
     case Activation::inv_log: return each([](float v) { return inv_log(v); });
     case Activation::xy_inv_log:
-      for (int64_t i = 0; i < count; ++i) {
+      each_pixel(count, [=](int64_t i) {
         const float z = inv_log(y[2 * kTileWidth + i]);
         d[i] = y[i] * z;
         d[kTileWidth + i] = y[kTileWidth + i] * z;
         d[2 * kTileWidth + i] = z;
-      }
+      });
       return;
     case Activation::norm:
     case Activation::norm_exp:
-      for (int64_t i = 0; i < count; ++i) {
+      each_pixel(count, [=](int64_t i) {
         float length = norm_of(y, channels, i);
         float factor = 1.f;
         if (kind == Activation::norm_exp) factor = expm1f(length = at_least(length, kSmallestNorm));
         for (int64_t c = 0; c < channels; ++c) d[c * kTileWidth + i] = y[c * kTileWidth + i] / length * factor;
-      }
+      });
   }
 }
 
@@ -57,13 +57,13 @@ void activate_confidence(ConfActivation kind, const float* y, int64_t count, flo
   switch (kind) {
     case ConfActivation::none: return;
     case ConfActivation::expp1:
-      for (int64_t i = 0; i < count; ++i) c[i] = 1.f + fast_exp(y[i]);
+      each_pixel(count, [=](int64_t i) { c[i] = 1.f + fast_exp(y[i]); });
       return;
     case ConfActivation::expp0:
-      for (int64_t i = 0; i < count; ++i) c[i] = fast_exp(y[i]);
+      each_pixel(count, [=](int64_t i) { c[i] = fast_exp(y[i]); });
       return;
     case ConfActivation::sigmoid:
-      for (int64_t i = 0; i < count; ++i) c[i] = fast_sigmoid(y[i]);
+      each_pixel(count, [=](int64_t i) { c[i] = fast_sigmoid(y[i]); });
       return;
   }
 }
@@ -115,72 +115,71 @@ void load_outputs(const Problem& p, const MixBlock& block, const Planes& planes)
   for (int64_t k = 0; k < p.experts; ++k) {
     if (!is_kept(block, k)) continue;
     for (int64_t o = 0; o < p.outputs; ++o)
-      for (int64_t i = 0; i < block.count; ++i)
-        planes.z[(k * p.outputs + o) * kTileWidth + i] = block.z[k][i * block.z_pixel + o];
+      each_pixel(block.count, [=](int64_t i) { planes.z[(k * p.outputs + o) * kTileWidth + i] = block.z[k][i * block.z_pixel + o]; });
   }
 }
 
 void load_logits(const Problem& p, const MixBlock& block, const Planes& planes) {
   for (int64_t k = 0; k < p.experts; ++k) {
     float* logits = planes.logits + k * kTileWidth;
-    for (int64_t i = 0; i < block.count; ++i) logits[i] = block.gate[i * block.gate_pixel + k];
+    each_pixel(block.count, [=](int64_t i) { logits[i] = block.gate[i * block.gate_pixel + k]; });
     if (block.gate_logits)
-      for (int64_t i = 0; i < block.count; ++i) logits[i] += block.gate_logits[k * block.plane + i];
+      each_pixel(block.count, [=](int64_t i) { logits[i] += block.gate_logits[k * block.plane + i]; });
   }
 }
 
 // weights, log weights and entropy from the logits; NaN anywhere in a pixel's logits gives NaN in all of them.
 void gate_softmax(const Problem& p, const MixBlock& block, const Planes& planes) {
   const int64_t n = block.count, K = p.experts;
-  for (int64_t i = 0; i < n; ++i) {
+  each_pixel(n, [=](int64_t i) {
     planes.largest[i] = planes.logits[i];
     planes.chosen[i] = 0;
-  }
+  });
   for (int64_t k = 1; k < K; ++k)
-    for (int64_t i = 0; i < n; ++i) {
+    each_pixel(n, [=](int64_t i) {
       const float logit = planes.logits[k * kTileWidth + i];
       const bool larger = logit > planes.largest[i] || logit != logit;
       planes.largest[i] = larger ? logit : planes.largest[i];
       planes.chosen[i] = larger ? static_cast<float>(k) : planes.chosen[i];
-    }
+    });
   // The shift comes before the division, so that a small temperature overflows towards weight 0 and not to NaN.
   const float temperature = at_least(p.temperature, kFloatTiny);
-  for (int64_t i = 0; i < n; ++i) planes.sum[i] = planes.spare[i] = 0;
+  each_pixel(n, [=](int64_t i) { planes.sum[i] = planes.spare[i] = 0; });
   for (int64_t k = 0; k < K; ++k)
-    for (int64_t i = 0; i < n; ++i) {
+    each_pixel(n, [=](int64_t i) {
       const float s = (planes.logits[k * kTileWidth + i] - planes.largest[i]) / temperature;
       const float e = fast_exp(s);
       planes.logits[k * kTileWidth + i] = s;
       planes.weights[k * kTileWidth + i] = e;
       planes.sum[i] += e;
       planes.spare[i] += static_cast<float>(k) == planes.chosen[i] ? 0.f : e;
-    }
+    });
   // log(sum) through log1p of what the largest leaves over: exact where one expert has nearly everything.
-  for (int64_t i = 0; i < n; ++i) {
+  each_pixel(n, [=](int64_t i) {
     planes.spare[i] = log1pf(planes.spare[i]);
     planes.entropy[i] = 0;
-  }
+  });
   for (int64_t k = 0; k < K; ++k)
-    for (int64_t i = 0; i < n; ++i) {
+    each_pixel(n, [=](int64_t i) {
       const float w = planes.weights[k * kTileWidth + i] / planes.sum[i];
       const float log_w = planes.logits[k * kTileWidth + i] - planes.spare[i];
       planes.weights[k * kTileWidth + i] = w;
       planes.log_weights[k * kTileWidth + i] = log_w;
       planes.entropy[i] -= w == 0.f ? 0.f : w * log_w;
-    }
+    });
   const float most = logf(static_cast<float>(K));
-  for (int64_t i = 0; i < n; ++i) {
+  each_pixel(n, [=](int64_t i) {
     const float h = planes.entropy[i];
     planes.entropy[i] = h < 0.f ? 0.f : (h > most ? most : h);
-  }
+  });
 }
 
 void single_expert(const MixBlock& block, const Planes& planes) {
-  for (int64_t i = 0; i < block.count; ++i) {
+  each_pixel(block.count, [=](int64_t i) {
     planes.weights[i] = 1.f;
     planes.log_weights[i] = 0.f;
     planes.entropy[i] = 0.f;
-  }
+  });
 }
 
 void evaluate_gate(const Problem& p, const MixBlock& block, const Planes& planes) {
@@ -200,7 +199,10 @@ void find_kept(const Problem& p, const MixBlock& block, uint8_t* kept) {
     for (int64_t i = 0; i < block.count; ++i) {
       const float w = planes.weights[k * kTileWidth + i], s = planes.logits[k * kTileWidth + i];
       const bool finite = s - s == 0.f;  // s is the logit's distance from the largest, so one bad logit shows in it
-      if (!finite) return static_cast<void>(memset(kept, 1, p.experts));
+      if (!finite) {
+        memset(kept, 1, p.experts);
+        return;
+      }
       kept[k] |= w >= threshold || static_cast<float>(k) == planes.chosen[i];
     }
 }
@@ -238,7 +240,7 @@ bool hypotheses_disagree(const Problem& p, const MixBlock& block, const Planes& 
 void choose(const Problem& p, const MixBlock& block, const Planes& planes) {
   const bool may_choose = p.mode != Mode::mean && block.gate;
   const float factor = expf(p.gap);
-  for (int64_t i = 0; i < block.count; ++i) {
+  each_pixel(block.count, [=](int64_t i) {
     const bool here =
         may_choose && (p.mode == Mode::argmax || hypotheses_disagree(p, block, planes, factor, i));
     if (!here) planes.chosen[i] = -1.f;
@@ -246,13 +248,13 @@ void choose(const Problem& p, const MixBlock& block, const Planes& planes) {
     for (int64_t k = 0; k < p.experts; ++k)
       if (is_kept(block, k)) kept += planes.weights[k * kTileWidth + i];
     planes.scale[i] = block.kept && !here ? 1.f / kept : 1.f;  // what is left of a mean sums to one again
-  }
+  });
   for (int64_t k = 0; k < p.experts; ++k)
-    for (int64_t i = 0; i < block.count; ++i) {
+    each_pixel(block.count, [=](int64_t i) {
       const float w = planes.weights[k * kTileWidth + i];
       const float one_hot = w != w ? w : (static_cast<float>(k) == planes.chosen[i] ? 1.f : 0.f);
       planes.decode[k * kTileWidth + i] = planes.chosen[i] < 0.f ? w * planes.scale[i] : one_hot;
-    }
+    });
 }
 
 // Everything both directions need.
@@ -267,15 +269,15 @@ Planes evaluate(const Problem& p, const MixBlock& block) {
 
 // out = sum over experts of decode * value; what was not chosen may overflow unnoticed.
 void decode_channel(const Problem& p, const MixBlock& block, const Planes& planes, int64_t channel, float* out) {
-  for (int64_t i = 0; i < block.count; ++i) planes.spare[i] = 0;
+  each_pixel(block.count, [=](int64_t i) { planes.spare[i] = 0; });
   for (int64_t k = 0; k < p.experts; ++k) {
     if (!is_kept(block, k)) continue;
     const float* value = planes.activated + (k * p.outputs + channel) * kTileWidth;
     const float* decode = planes.decode + k * kTileWidth;
-    for (int64_t i = 0; i < block.count; ++i) {
+    each_pixel(block.count, [=](int64_t i) {
       const float term = decode[i] * value[i];
       planes.spare[i] += planes.chosen[i] >= 0.f && decode[i] == 0.f ? 0.f : term;
-    }
+    });
   }
   memcpy(out, planes.spare, block.count * sizeof(float));
 }
@@ -300,10 +302,10 @@ void mix(const Problem& p, const MixBlock& block, const Outputs& outputs) {
 void activation_vjp(Activation kind, const float* y, int64_t channels, int64_t count, float* grad) {
   const auto each = [&](auto f) {
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < count; ++i) {
+      each_pixel(count, [=](int64_t i) {
         const int64_t at = c * kTileWidth + i;
         grad[at] = f(y[at], grad[at]);
-      }
+      });
   };
   switch (kind) {
     case Activation::exp: return each([](float v, float g) { return g * fast_exp(v); });
@@ -316,7 +318,7 @@ void activation_vjp(Activation kind, const float* y, int64_t channels, int64_t c
         return g * s * (1.f - s);
       });
     case Activation::xy_inv_log:
-      for (int64_t i = 0; i < count; ++i) {
+      each_pixel(count, [=](int64_t i) {
         const float log_z = y[2 * kTileWidth + i], z = inv_log(log_z);
         float& gx = grad[i];
         float& gy = grad[kTileWidth + i];
@@ -324,11 +326,11 @@ void activation_vjp(Activation kind, const float* y, int64_t channels, int64_t c
         gz = (gz + gx * y[i] + gy * y[kTileWidth + i]) * fast_exp(fabsf(log_z));
         gx *= z;
         gy *= z;
-      }
+      });
       return;
     case Activation::norm:
     case Activation::norm_exp:
-      for (int64_t i = 0; i < count; ++i) {
+      each_pixel(count, [=](int64_t i) {
         const bool exponential = kind == Activation::norm_exp;
         float length = norm_of(y, channels, i);
         if (exponential) length = at_least(length, kSmallestNorm);
@@ -341,7 +343,7 @@ void activation_vjp(Activation kind, const float* y, int64_t channels, int64_t c
           float& g = grad[c * kTileWidth + i];
           g = across_factor * (g - radial) + along_factor * radial;
         }
-      }
+      });
   }
 }
 
@@ -356,36 +358,35 @@ void decode_vjp(const Problem& p, const MixBlock& block, const Cotangents& given
   for (int64_t k = 0; k < p.experts; ++k) {
     float* grad_weight = planes.grad_weights + k * kTileWidth;
     const float* decode = planes.decode + k * kTileWidth;
-    for (int64_t i = 0; i < block.count; ++i) grad_weight[i] = 0;
+    each_pixel(block.count, [=](int64_t i) { grad_weight[i] = 0; });
     for (int64_t o = 0; o < p.outputs; ++o) {
       const float* value = planes.activated + (k * p.outputs + o) * kTileWidth;
       float* grad = planes.gradient + (k * p.outputs + o) * kTileWidth;
       const float* out = o < predicted ? (given.prediction ? given.prediction + o * block.plane : nullptr)
                                        : given.confidence;
-      for (int64_t i = 0; i < block.count; ++i) grad[i] = out ? decode[i] * out[i] : 0.f;
+      each_pixel(block.count, [=](int64_t i) { grad[i] = out ? decode[i] * out[i] : 0.f; });
       if (out)
-        for (int64_t i = 0; i < block.count; ++i) grad_weight[i] += value[i] * out[i];
+        each_pixel(block.count, [=](int64_t i) { grad_weight[i] += value[i] * out[i]; });
       if (o < predicted && given.hypotheses) {
         const float* direct = given.hypotheses + (k * predicted + o) * block.plane;
-        for (int64_t i = 0; i < block.count; ++i) grad[i] += direct[i];
+        each_pixel(block.count, [=](int64_t i) { grad[i] += direct[i]; });
       }
     }
     // a choice has no slope: there the gate learns from entropy and weights alone
-    for (int64_t i = 0; i < block.count; ++i) grad_weight[i] = planes.chosen[i] >= 0.f ? 0.f : grad_weight[i];
+    each_pixel(block.count, [=](int64_t i) { grad_weight[i] = planes.chosen[i] >= 0.f ? 0.f : grad_weight[i]; });
     if (given.weights)
-      for (int64_t i = 0; i < block.count; ++i) grad_weight[i] += given.weights[k * block.plane + i];
+      each_pixel(block.count, [=](int64_t i) { grad_weight[i] += given.weights[k * block.plane + i]; });
   }
 }
 
 // Through softmax and entropy; dH/ds_k = -w_k (log w_k + H), finite where w_k underflows.
 void softmax_vjp(const Problem& p, const MixBlock& block, const float* grad_entropy, const Planes& planes) {
   const float temperature = at_least(p.temperature, kFloatTiny);
-  for (int64_t i = 0; i < block.count; ++i) planes.spare[i] = 0;
+  each_pixel(block.count, [=](int64_t i) { planes.spare[i] = 0; });
   for (int64_t k = 0; k < p.experts; ++k)
-    for (int64_t i = 0; i < block.count; ++i)
-      planes.spare[i] += planes.weights[k * kTileWidth + i] * planes.grad_weights[k * kTileWidth + i];
+    each_pixel(block.count, [=](int64_t i) { planes.spare[i] += planes.weights[k * kTileWidth + i] * planes.grad_weights[k * kTileWidth + i]; });
   for (int64_t k = 0; k < p.experts; ++k)
-    for (int64_t i = 0; i < block.count; ++i) {
+    each_pixel(block.count, [=](int64_t i) {
       const int64_t at = k * kTileWidth + i;
       const float w = planes.weights[at];
       float grad = w * (planes.grad_weights[at] - planes.spare[i]);
@@ -394,7 +395,7 @@ void softmax_vjp(const Problem& p, const MixBlock& block, const float* grad_entr
         grad -= slope * grad_entropy[i];
       }
       planes.grad_logits[at] = grad / temperature;
-    }
+    });
 }
 
 void mix_backward(const Problem& p, const MixBlock& block, const Cotangents& given, const MixGradients& out) {
@@ -409,10 +410,8 @@ void mix_backward(const Problem& p, const MixBlock& block, const Cotangents& giv
     if (p.has_confidence())
       confidence_vjp(p.conf_activation, z + predicted * kTileWidth, block.count, grad + predicted * kTileWidth);
     for (int64_t o = 0; o < p.outputs; ++o)
-      for (int64_t i = 0; i < block.count; ++i)
-        out.z[k][i * block.z_pixel + o] = grad[o * kTileWidth + i];
-    for (int64_t i = 0; block.gate && i < block.count; ++i)
-      out.gate[i * block.gate_pixel + k] = planes.grad_logits[k * kTileWidth + i];
+      each_pixel(block.count, [=](int64_t i) { out.z[k][i * block.z_pixel + o] = grad[o * kTileWidth + i]; });
+    if (block.gate) each_pixel(block.count, [=](int64_t i) { out.gate[i * block.gate_pixel + k] = planes.grad_logits[k * kTileWidth + i]; });
   }
 }
 

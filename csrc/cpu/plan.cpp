@@ -37,6 +37,14 @@ Span RowPlan::ranks(Span rows) const {
   return {first.term[0].rank, last.term[last.count - 1].rank + 1};
 }
 
+Span RowPlan::readers(Span ranks) const {
+  const auto height = static_cast<int64_t>(terms_.size());
+  Span rows = {0, height};
+  while (this->ranks({rows.begin, rows.begin + 1}).end <= ranks.begin) ++rows.begin;
+  while (this->ranks({rows.end - 1, rows.end}).begin >= ranks.end) --rows.end;
+  return rows;
+}
+
 int64_t RowPlan::max_ranks(int64_t row_count) const {
   const auto height = static_cast<int64_t>(terms_.size());
   int64_t most = 0;

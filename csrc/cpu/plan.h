@@ -43,7 +43,9 @@ class RowPlan {
 
   const Terms& terms(int64_t Y) const { return terms_[Y]; }
   int64_t source_row(int64_t rank) const { return sources_[rank]; }
+  int64_t count() const { return static_cast<int64_t>(sources_.size()); }
   Span ranks(Span rows) const;                 // read by these output rows
+  Span readers(Span ranks) const;              // output rows that read one of these
   int64_t max_ranks(int64_t row_count) const;  // the most ranks that so many successive output rows read
 
  private:

@@ -27,6 +27,15 @@ inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec4 load4(const float* p) { return *reinterpret_cast<const Vec4*>(p); }
 inline void store4(float* p, Vec4 v) { *reinterpret_cast<Vec4*>(p) = v; }
 
+inline Vec broadcast(float value) { return value - Vec{}; }
+
+// f(i) for i in [0, count): independent of each other, whatever memory f writes, so that the loop vectorises.
+template <typename Function>
+inline __attribute__((always_inline)) void each_pixel(int64_t count, Function f) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
+
 // relu that keeps NaN, as PyTorch's does
 inline Vec relu(Vec v) {
   const Vec zero = {};
