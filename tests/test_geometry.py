@@ -75,7 +75,7 @@ def test_the_top_left_pixels_centre_is_the_origin():
 def test_scaled_intrinsics_project_onto_the_resized_image(seed, sx, sy):
     rng = np.random.default_rng(seed)
     intrinsics, _ = camera(rng, 2)
-    points = torch.from_numpy(rng.normal(0, 1, (2, 10, 3)) + [0, 0, 5])
+    points = torch.from_numpy(rng.normal([0, 0, 5], 0.8, (2, 10, 3)))
     before, _ = geometry.project(points, intrinsics)
     after, _ = geometry.project(points, geometry.scale_intrinsics(intrinsics, sx, sy))
     torch.testing.assert_close(after, (before + 0.5) * torch.tensor([sx, sy]).double() - 0.5)

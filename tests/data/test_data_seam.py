@@ -12,7 +12,7 @@ from moe3d.data import DATASETS, Sample, open_dataset
 
 
 def test_unknown_dataset_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown dataset 'kitty', expected one of .*motorcycle.*synthetic"):
+    with pytest.raises(ValueError, match=r"unknown dataset 'kitty', expected one of .*motorcycle.*synthetic"):
         open_dataset("kitty")
 
 

@@ -46,7 +46,7 @@ def render_scene(seed: int, size: tuple[int, int] = (168, 168), frames: int | Se
     Raises:
         ValueError: for a negative seed, an image smaller than 2x2, or views beyond 0..7.
     """
-    views = list(range(frames)) if isinstance(frames, int) else [int(k) for k in frames]
+    views = [int(k) for k in frames] if isinstance(frames, Sequence) else list(range(frames))
     if not views or min(views) < 0 or max(views) >= MAX_VIEWS:
         raise ValueError(f"frames must be 1 to {MAX_VIEWS}, or indices from 0 to {MAX_VIEWS - 1}, got {frames!r}")
     if seed < 0:

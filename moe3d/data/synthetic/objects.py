@@ -259,7 +259,8 @@ def _row_of_things(
     rng: np.random.Generator, palette: Palette, width: float, depth: float, height: float, room: float = 0.45
 ) -> list[Part]:
     """Small things side by side on a surface at ``height``, none taller than ``room``."""
-    parts, x = [], -width / 2
+    parts: list[Part] = []
+    x = -width / 2
     while True:
         w = np.exp(rng.uniform(np.log(0.05), np.log(0.45)))
         if x + w > width / 2:
@@ -516,7 +517,7 @@ def heap(rng: np.random.Generator, palette: Palette) -> list[Part]:
         centre = np.array([*rng.normal(0, spread, 2), abs(rng.normal(0, spread))])
         axis, material = rng.normal(0, 1, 3), palette.new()
         size = np.exp(rng.uniform(np.log(0.03), np.log(0.25), 3))
-        kind = rng.integers(5)
+        kind = int(rng.integers(5))
         if kind == shapes.FRUSTUM:
             parts.append(rod(centre, centre + axis * size[0] * 3, size[1] * 0.6, material, size[2] * 0.6))
         elif kind == shapes.TORUS:

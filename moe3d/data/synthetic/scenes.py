@@ -143,7 +143,7 @@ def _room(rng: np.random.Generator, palette: Palette, cameras: list[Camera], dis
     parts += _against_walls(rng, palette, floor, extent)
     low = np.array([max(left + 0.4, -0.9 * distance), -0.45 * distance])
     high = np.array([min(right - 0.4, 0.9 * distance), back - 0.5])
-    parts += _furnish(rng, palette, floor, rng.integers(3, 16), low, np.maximum(high, low + 0.1))
+    parts += _furnish(rng, palette, floor, int(rng.integers(3, 16)), low, np.maximum(high, low + 0.1))
     if rng.random() < 0.25:
         parts += _occluder(rng, palette, positions[0])
     return stage, parts, _room_lights(rng, extent), _ambient(rng, 0.35)
@@ -169,7 +169,7 @@ def _shell(rng: np.random.Generator, palette: Palette, extent: tuple[float, ...]
         panel([middle[0], front, height / 2], [0, 1, 0], width, height, wall),
         panel([middle[0], back + depth, height / 2], [0, -1, 0], width + 12, height, beyond),
     ]
-    doorway = (0, 0, 0, 0)
+    doorway = (shapes.SOLID, 0.0, 0.0, 0.0)
     if rng.random() < 0.35:
         doorway = (shapes.OPENING, rng.uniform(-0.35, 0.35) * width, rng.uniform(0.8, 1.8), rng.uniform(1.9, 2.15))
     parts.append(panel([middle[0], back, height / 2], [0, -1, 0], width, height, wall, doorway))
@@ -281,7 +281,7 @@ def _yard(rng: np.random.Generator, palette: Palette, distance: float) -> Settin
         else:
             parts += place(_tree(rng, palette), [*at, 0])
     low, high = np.array([-distance, -0.45 * distance]), np.array([distance, 4.0])
-    parts += _furnish(rng, palette, floor, rng.integers(4, 14), low, high)
+    parts += _furnish(rng, palette, floor, int(rng.integers(4, 14)), low, high)
     sun = rng.normal(0, 1, 3) * [1, 1, 0] + [0, -0.5, 1.2]
     camera = Camera.look_at(40 * sun / np.linalg.norm(sun), np.zeros(3), np.radians(18))
     lights = [Light(camera, rng.uniform(0.3, 1.5) * _tint(rng), 40.0, shadow=True)]
