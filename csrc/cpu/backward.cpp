@@ -49,23 +49,28 @@ struct Sums {
       : wanted(wanted),
         outputs(wanted.w2 / kGroup),
         w1(zeros(head.groups() * wanted.w1)),
-        b1(zeros(head.groups() * kGroup)),
+        b1(head.groups() * kGroup),
         w2(zeros(head.groups() * wanted.w2)),
-        b2(zeros((head.problem.experts + 1) * outputs)),
+        b2((head.problem.experts + 1) * outputs),
         column_sums(zeros(head.groups() * wanted.column_sums)) {}
 
   float* w1_of(int64_t g) { return w1 + g * wanted.w1; }
-  float* b1_of(int64_t g) { return b1 + g * kGroup; }
+  double* b1_of(int64_t g) { return b1.data() + g * kGroup; }
   float* w2_of(int64_t g) { return w2 + g * wanted.w2; }
-  float* b2_of(int64_t branch) { return b2 + branch * outputs; }
+  double* b2_of(int64_t branch) { return b2.data() + branch * outputs; }
   float* columns_of(int64_t g) { return column_sums + g * wanted.column_sums; }
 
   Wanted wanted;
   int64_t outputs;
-  Buffer w1, b1, w2, b2, column_sums;
+  Buffer w1;
+  std::vector<double> b1;  // biases in double: their many terms nearly cancel
+  Buffer w2;
+  std::vector<double> b2;
+  Buffer column_sums;
 };
 
-void add(const float* from, int64_t count, float* to) {
+template <typename From, typename To>
+void add(const From* from, int64_t count, To* to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
 }
 
@@ -205,10 +210,7 @@ class Backward {
   void sum_outputs(int64_t branch, int64_t Y, Sums& sums) {
     const int64_t padded = head_.padded_outputs(branch);
     const float* grad = z(branch, Y);
-    float* total = sums.b2_of(branch);
-    std::vector<float> row(padded);  // a row's sum first: few large terms lose less than many small ones
-    for (int64_t X = 0; X < p_.width; ++X) add(grad + X * padded, padded, row.data());
-    add(row.data(), padded, total);
+    for (int64_t X = 0; X < p_.width; ++X) add(grad + X * padded, padded, sums.b2_of(branch));
   }
 
   void write_gate_logits(int64_t Y) {
@@ -240,12 +242,17 @@ class Backward {
 
   // The bias, and the position embedding's row part: its outer taps are padding in the outermost columns.
   void sum_row(int64_t g, int64_t Y, const float* row, Sums& sums) {
-    float by_tap[3][kGroup] = {};
-    for (int64_t X = 0; X < p_.width; ++X) add(row + X * kGroup, kGroup, by_tap[1]);
-    add(by_tap[1], kGroup, sums.b1_of(g));
+    double total[kGroup] = {};
+    for (int64_t X = 0; X < p_.width; ++X) add(row + X * kGroup, kGroup, total);
+    add(total, kGroup, sums.b1_of(g));
     if (!wanted_.columns) return;
-    for (int64_t X = 1; X < p_.width; ++X) add(row + X * kGroup, kGroup, by_tap[0]);
-    for (int64_t X = 0; X < p_.width - 1; ++X) add(row + X * kGroup, kGroup, by_tap[2]);
+    float by_tap[3][kGroup];
+    const float* last = row + (p_.width - 1) * kGroup;
+    for (int n = 0; n < kGroup; ++n) {
+      by_tap[0][n] = static_cast<float>(total[n] - row[n]);
+      by_tap[1][n] = static_cast<float>(total[n]);
+      by_tap[2][n] = static_cast<float>(total[n] - last[n]);
+    }
     const int64_t half = p_.channels / 2;
     for (int dy = 0; dy < 3; ++dy) {
       const int64_t at = Y + dy - 1;
@@ -362,7 +369,7 @@ void write_group(const PackedHead& head, int64_t g, Sums& sums, const Gradients&
     for (int64_t c = 0; w1 && c < p.channels; ++c)
       for (int tap = 0; tap < kTaps; ++tap)
         w1[(channel * p.channels + c) * kTaps + tap] = sums.w1_of(g)[c * kColumn + tap * kGroup + n];
-    if (b1) b1[channel] = sums.b1_of(g)[n];
+    if (b1) b1[channel] = static_cast<float>(sums.b1_of(g)[n]);
     for (int64_t o = 0; w2 && o < outputs; ++o)
       w2[(branch * outputs + o) * hidden + group.first_channel + n] = sums.w2_of(g)[o * kGroup + n];
   }
@@ -386,7 +393,7 @@ void write_parameters(const PackedHead& head, std::vector<Sums>& slots, const Gr
     for (size_t s = 1; s < slots.size(); ++s) add(slots[s].b2_of(branch), total.outputs, total.b2_of(branch));
     float* b2 = branch < p.experts ? out.expert_b2 : out.gate_b2;
     const int64_t first = branch < p.experts ? branch * p.outputs : 0;
-    if (b2) std::memcpy(b2 + first, total.b2_of(branch), head.outputs(branch) * sizeof(float));
+    for (int64_t o = 0; b2 && o < head.outputs(branch); ++o) b2[first + o] = static_cast<float>(total.b2_of(branch)[o]);
   }
 }
 

@@ -379,23 +379,28 @@ void decode_vjp(const Problem& p, const MixBlock& block, const Cotangents& given
   }
 }
 
-// Through softmax and entropy; dH/ds_k = -w_k (log w_k + H), finite where w_k underflows.
+// Through softmax and entropy, with s = logits / T:
+//   grad s_k = w_k sum_j w_j ((grad w_k - grad w_j) - grad H (s_k - s_j)),
+// pair by pair, because in the usual form, w_k (grad w_k - sum_j w_j grad w_j), what matters cancels where one expert
+// has nearly everything. Finite where a weight underflows, whatever its logit.
 void softmax_vjp(const Problem& p, const MixBlock& block, const float* grad_entropy, const Planes& planes) {
   const float temperature = at_least(p.temperature, kFloatTiny);
-  each_pixel(block.count, [=](int64_t i) { planes.spare[i] = 0; });
-  for (int64_t k = 0; k < p.experts; ++k)
-    each_pixel(block.count, [=](int64_t i) { planes.spare[i] += planes.weights[k * kTileWidth + i] * planes.grad_weights[k * kTileWidth + i]; });
-  for (int64_t k = 0; k < p.experts; ++k)
-    each_pixel(block.count, [=](int64_t i) {
-      const int64_t at = k * kTileWidth + i;
-      const float w = planes.weights[at];
-      float grad = w * (planes.grad_weights[at] - planes.spare[i]);
-      if (grad_entropy) {
-        const float slope = (w == 0.f ? 0.f : w * planes.log_weights[at]) + w * planes.entropy[i];
-        grad -= slope * grad_entropy[i];
-      }
-      planes.grad_logits[at] = grad / temperature;
-    });
+  for (int64_t k = 0; k < p.experts; ++k) {
+    const float *w_k = planes.weights + k * kTileWidth, *s_k = planes.logits + k * kTileWidth;
+    const float* grad_k = planes.grad_weights + k * kTileWidth;
+    float* out = planes.grad_logits + k * kTileWidth;
+    each_pixel(block.count, [=](int64_t i) { out[i] = 0; });
+    for (int64_t j = 0; j < p.experts; ++j) {
+      const float *w_j = planes.weights + j * kTileWidth, *s_j = planes.logits + j * kTileWidth;
+      const float* grad_j = planes.grad_weights + j * kTileWidth;
+      each_pixel(block.count, [=](int64_t i) {
+        const float both = w_k[i] * w_j[i], entropy = grad_entropy ? grad_entropy[i] : 0.f;
+        const float term = both * ((grad_k[i] - grad_j[i]) - entropy * (s_k[i] - s_j[i]));
+        out[i] += both == 0.f ? 0.f : term;
+      });
+    }
+    each_pixel(block.count, [=](int64_t i) { out[i] /= temperature; });
+  }
 }
 
 void mix_backward(const Problem& p, const MixBlock& block, const Cotangents& given, const MixGradients& out) {
