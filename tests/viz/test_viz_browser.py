@@ -110,19 +110,37 @@ def test_the_keyboard_moves_the_divider_and_says_where_it_is(page):
     assert browser.execute_script(outline) == "solid"
 
 
-def test_a_finger_drags_the_divider_on_a_phone_that_shows_the_page_unscaled(page):
+def _swipe(browser, *points):
+    """Put a finger down on the first point, move it over the others, lift it."""
+    for kind, (x, y) in zip(["touchStart", *["touchMove"] * (len(points) - 1)], points, strict=True):
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
+@pytest.fixture
+def phone(page):
     browser = page(390, 844, mobile=True)
     browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
-    try:
-        left, top, width, height = _stage(browser)
-        for kind, at in (("touchStart", 0.5), ("touchMove", 0.6), ("touchMove", 0.8)):
-            point = {"x": left + at * width, "y": top + height / 2}
-            browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
-        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        assert _divider(browser)[0] == pytest.approx(80, abs=1)
-    finally:
-        browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
-    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    yield browser
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+def test_a_finger_drags_the_divider(phone):
+    left, top, width, height = _stage(phone)
+    _swipe(phone, *((left + at * width, top + height / 2) for at in (0.5, 0.6, 0.8)))
+    assert _divider(phone)[0] == pytest.approx(80, abs=1)
+
+
+def test_a_finger_scrolls_the_page_across_a_picture_and_leaves_its_divider(phone):
+    left, top, width, height = _stage(phone)
+    before = phone.execute_script("return scrollY")
+    _swipe(phone, *((left + 0.2 * width, top + height - y) for y in (5, 25, 60, 120, 200, 300)))
+    assert phone.execute_script("return scrollY") > before + 100
+    assert _divider(phone)[0] == pytest.approx(50, abs=0.5)
+
+
+def test_a_phone_shows_the_page_unscaled(phone):
+    assert phone.execute_script("return document.documentElement.scrollWidth") == 390
 
 
 def test_buttons_choose_the_layer_of_their_scene_with_its_legend(page):
