@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -63,9 +63,6 @@ def _find(pattern: str) -> Path | None:
     beside = sorted(_PACKAGE.glob(pattern))
     if beside:
         return beside[0]
-    try:
-        files = distribution("moe3d").files or []
-    except PackageNotFoundError:
-        return None
+    files = (f for found in distributions(name="moe3d") for f in found.files or [])
     installed = (Path(f.locate()) for f in files if f.parent.name == "moe3d" and f.match(pattern))
     return next((path for path in installed if path.is_file()), None)

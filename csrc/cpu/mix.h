@@ -2,6 +2,8 @@
 // A block of pixels lies in planes: value v of the block's pixel i is plane(v)[i].
 #pragma once
 
+#include <float.h>
+
 #include "elementary.h"
 
 namespace moe::cpu {
@@ -9,7 +11,6 @@ namespace {
 
 constexpr float kSwitchMinWeight = 0.01f;
 constexpr float kSmallestNorm = 1e-8f;
-constexpr float kFloatTiny = 1.17549435e-38f;
 
 inline float sign(float y) { return y > 0.f ? 1.f : (y < 0.f ? -1.f : y); }  // NaN stays NaN
 inline float inv_log(float y) { return sign(y) * expm1f(fabsf(y)); }
@@ -143,7 +144,7 @@ void gate_softmax(const Problem& p, const MixBlock& block, const Planes& planes)
       planes.chosen[i] = larger ? static_cast<float>(k) : planes.chosen[i];
     });
   // The shift comes before the division, so that a small temperature overflows towards weight 0 and not to NaN.
-  const float temperature = at_least(p.temperature, kFloatTiny);
+  const float temperature = at_least(p.temperature, FLT_MIN);
   each_pixel(n, [=](int64_t i) { planes.sum[i] = planes.spare[i] = 0; });
   for (int64_t k = 0; k < K; ++k)
     each_pixel(n, [=](int64_t i) {
@@ -219,6 +220,12 @@ void activate_experts(const Problem& p, const MixBlock& block, const Planes& pla
   }
 }
 
+// A gap beyond the range of float32 means the same as the largest factor in it.
+inline float gap_factor(float gap) {
+  const float factor = expf(gap);
+  return factor > FLT_MAX ? FLT_MAX : factor;
+}
+
 // "switch": do the hypotheses of the experts that have a say differ by more than a factor exp(gap), in any channel?
 bool hypotheses_disagree(const Problem& p, const MixBlock& block, const Planes& planes, float factor, int64_t i) {
   for (int64_t c = 0; c < p.prediction_channels(); ++c) {
@@ -239,7 +246,7 @@ bool hypotheses_disagree(const Problem& p, const MixBlock& block, const Planes& 
 // Sets `decode`, and `chosen` to -1 where nothing was chosen.
 void choose(const Problem& p, const MixBlock& block, const Planes& planes) {
   const bool may_choose = p.mode != Mode::mean && block.gate;
-  const float factor = expf(p.gap);
+  const float factor = gap_factor(p.gap);
   each_pixel(block.count, [=](int64_t i) {
     const bool here =
         may_choose && (p.mode == Mode::argmax || hypotheses_disagree(p, block, planes, factor, i));
@@ -298,13 +305,14 @@ void mix(const Problem& p, const MixBlock& block, const Outputs& outputs) {
 
 // --- backward ---
 
-// grad *= act'(y), in place; `channels` planes.
+// grad *= act'(y), in place; `channels` planes. No gradient in, none out: an expert that overflows where another one
+// was chosen must not turn 0 into NaN.
 void activation_vjp(Activation kind, const float* y, int64_t channels, int64_t count, float* grad) {
   const auto each = [&](auto f) {
     for (int64_t c = 0; c < channels; ++c)
       each_pixel(count, [=](int64_t i) {
         const int64_t at = c * kTileWidth + i;
-        grad[at] = f(y[at], grad[at]);
+        grad[at] = grad[at] == 0.f ? 0.f : f(y[at], grad[at]);
       });
   };
   switch (kind) {
@@ -323,6 +331,7 @@ void activation_vjp(Activation kind, const float* y, int64_t channels, int64_t c
         float& gx = grad[i];
         float& gy = grad[kTileWidth + i];
         float& gz = grad[2 * kTileWidth + i];
+        if (gx == 0.f && gy == 0.f && gz == 0.f) return;
         gz = (gz + gx * y[i] + gy * y[kTileWidth + i]) * fast_exp(fabsf(log_z));
         gx *= z;
         gy *= z;
@@ -334,6 +343,9 @@ void activation_vjp(Activation kind, const float* y, int64_t channels, int64_t c
         const bool exponential = kind == Activation::norm_exp;
         float length = norm_of(y, channels, i);
         if (exponential) length = at_least(length, kSmallestNorm);
+        bool none = true;
+        for (int64_t c = 0; c < channels; ++c) none &= grad[c * kTileWidth + i] == 0.f;
+        if (none) return;
         float along = 0;  // the gradient's component along the unit vector
         for (int64_t c = 0; c < channels; ++c) along += y[c * kTileWidth + i] / length * grad[c * kTileWidth + i];
         const float across_factor = exponential ? expm1f(length) / length : 1.f / length;
@@ -384,7 +396,7 @@ void decode_vjp(const Problem& p, const MixBlock& block, const Cotangents& given
 // pair by pair, because in the usual form, w_k (grad w_k - sum_j w_j grad w_j), what matters cancels where one expert
 // has nearly everything. Finite where a weight underflows, whatever its logit.
 void softmax_vjp(const Problem& p, const MixBlock& block, const float* grad_entropy, const Planes& planes) {
-  const float temperature = at_least(p.temperature, kFloatTiny);
+  const float temperature = at_least(p.temperature, FLT_MIN);
   for (int64_t k = 0; k < p.experts; ++k) {
     const float *w_k = planes.weights + k * kTileWidth, *s_k = planes.logits + k * kTileWidth;
     const float* grad_k = planes.grad_weights + k * kTileWidth;
