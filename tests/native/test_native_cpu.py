@@ -150,9 +150,7 @@ def test_any_strides(layout, dtype):
         "flipped storage": lambda: torch.cat([x, x], 1)[:, x.shape[1] :],
     }[layout]()
     plain = problem.with_tensors(x=strided.contiguous())
-    for a, b in zip(
-        problem.with_tensors(x=strided).run(backend="cpu"), plain.run(backend="cpu"), strict=True
-    ):
+    for a, b in zip(problem.with_tensors(x=strided).run(backend="cpu"), plain.run(backend="cpu"), strict=True):
         assert a is b is None or torch.equal(a, b)
 
 

@@ -55,7 +55,9 @@ def test_a_module_of_another_version_is_refused(monkeypatch, fresh):
         pytest.skip("no C++ part")
     monkeypatch.setattr(_build, "__version__", "9.9.9")
     assert "was built for moe3d" in moe3d.backends()["cpu"]
-    with pytest.raises(RuntimeError, match="backend 'cpu' cannot run here because its C\\+\\+ part was built for moe3d"):
+    with pytest.raises(
+        RuntimeError, match="backend 'cpu' cannot run here because its C\\+\\+ part was built for moe3d"
+    ):
         random_problem().run(backend="cpu")
     assert random_problem().run().prediction.isfinite().all()  # "auto" goes on without it
 
