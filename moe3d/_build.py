@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+from importlib.machinery import ExtensionFileLoader
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
@@ -31,9 +32,7 @@ def native() -> Native:
     if path is None:
         return Native(None, f"its C++ part is not installed ({record()['cpu'] or 'moe3d was not built with it'})")
     try:
-        spec = importlib.util.spec_from_file_location("moe3d._native", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = _load(path)
     except ImportError as error:
         return Native(None, f"its C++ part {path.name} could not be loaded: {error}")
     if module.version != __version__:
@@ -42,6 +41,15 @@ def native() -> Native:
             f"its C++ part was built for moe3d {module.version} and this is {__version__}: run `pip install .` again",
         )
     return Native(module, None)
+
+
+def _load(path: Path) -> ModuleType:
+    loader = ExtensionFileLoader("moe3d._native", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 @functools.cache

@@ -9,14 +9,17 @@ namespace {
 void blend_columns(const float* products, const ColumnBlend* blends, int64_t begin, int64_t end, const float* start,
                    float* out, int64_t out_plane) {
   for (int64_t X = begin; X < end; ++X) {
-    const ColumnBlend blend = blends[X];  // a copy, which stores to `out` cannot change
+    const float* column[kBlend];  // read before the first store, which the compiler must think may change them
     Vec weight[kBlend];
-    for (int t = 0; t < kBlend; ++t) weight[t] = broadcast(blend.weight[t]);
+    for (int t = 0; t < kBlend; ++t) {
+      column[t] = products + blends[X].offset[t];
+      weight[t] = broadcast(blends[X].weight[t]);
+    }
     for (int v = 0; v < kGroupVecs; ++v)
       for (int dy = 0; dy < 3; ++dy) {
         const int64_t at = dy * kRowTap + v * kLanes, to = dy * out_plane + X * kGroup + v * kLanes;
         Vec sum = start ? load(start + to) : Vec{};
-        for (int t = 0; t < kBlend; ++t) sum += weight[t] * load(products + blend.offset[t] + at);
+        for (int t = 0; t < kBlend; ++t) sum += weight[t] * load(column[t] + at);
         store(out + to, sum);
       }
   }

@@ -7,6 +7,8 @@ built for another version, not loadable here) is a reason told when the backend 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +66,7 @@ class CPUBackend(Backend):
         call = _Call(tensors, options, bf16=False)  # twice the work of bfloat16, and exact to the last reduction
         call.run(
             "cpu_backward",
-            call.addresses("Cotangents", {name: call.keep(c) for name, c in cotangents._asdict().items()}),
+            call.addresses("Cotangents", call.keep_all(cotangents._asdict())),
             call.addresses("Gradients", gradients),
         )
         if "x" in gradients:
@@ -112,19 +114,20 @@ class _Call:
     """One call's description for the compiled module, and the float32 copies that must live until it returns."""
 
     def __init__(self, tensors: HeadTensors, options: HeadOptions, bf16: bool):
-        self._module = _build.native().module
+        self._module: Any = _build.native().module  # there, or the dispatcher would not have come here
         self._kept: list[Tensor] = []
         self._problem = self._describe(tensors, options, bf16)
 
-    def keep(self, value: Tensor | None) -> Tensor | None:
+    def keep_all(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        return {name: None if value is None else self._keep(value) for name, value in tensors.items()}
+
+    def _keep(self, value: Tensor) -> Tensor:
         """``value`` as contiguous float32, alive as long as this call."""
-        if value is None:
-            return None
         value = value.detach().to(torch.float32).contiguous()
         self._kept.append(value)
         return value
 
-    def addresses(self, kind: str, tensors: dict[str, Tensor | None]):
+    def addresses(self, kind: str, tensors: Mapping[str, Tensor | None]):
         struct = getattr(self._module, kind)()
         for name, value in tensors.items():
             setattr(struct, name, 0 if value is None else value.data_ptr())
@@ -147,7 +150,7 @@ class _Call:
         p.x, p.x_strides, p.x_element = t.x.data_ptr(), t.x.stride(), _ELEMENTS[t.x.dtype]
         for name, value in t._asdict().items():
             if name != "x" and value is not None:
-                setattr(p, name, self.keep(value).data_ptr())
+                setattr(p, name, self._keep(value).data_ptr())
         p.temperature, p.gap, p.skip_below = options.temperature, options.gap, options.skip_below
         if options.return_experts:
             p.skip_below = 0.0  # every hypothesis is wanted
