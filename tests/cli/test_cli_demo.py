@@ -84,6 +84,19 @@ def test_the_mean_is_the_plain_mean_of_the_scenes(written):
             assert mean == pytest.approx(np.mean([scene[head][key] for scene in report["scenes"]]))
 
 
+def test_the_mean_leaves_out_scenes_where_a_head_has_no_value():
+    defined = dict.fromkeys(demo.METRICS, 0.5)
+    entries = [
+        {"stock": defined, "moe": defined | {"si_f1": None}},
+        {"stock": dict.fromkeys(demo.METRICS, 1.0) | {"delta1": None}, "moe": dict.fromkeys(demo.METRICS, 0.0)},
+    ]
+    assert demo._mean(entries) == {
+        "stock": {"abs_rel": 0.75, "delta1": 0.5, "si_f1": 1.0, "flying_rate": 0.75},
+        "moe": {"abs_rel": 0.25, "delta1": 0.5, "si_f1": 0.0, "flying_rate": 0.25},
+    }
+    assert demo._mean(entries[:1])["moe"]["si_f1"] is None
+
+
 def test_the_metrics_are_those_of_both_models_on_the_scene(written, weights, monkeypatch):
     _, report = written
     monkeypatch.setattr(checkpoint, "WEIGHTS", weights)
