@@ -17,7 +17,7 @@ VENV_FLAGS :=
 PIP_FLAGS  := -c constraints.txt
 endif
 
-.PHONY: demo test test-real lint clean
+.PHONY: demo test test-real native-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
@@ -28,6 +28,14 @@ test: $(VENV)/.tools
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
 test-real: $(VENV)/.tools
 	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m real_vggt
+
+# The C++ CPU kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer.
+native-sanitize: build/sanitize/native_driver
+	build/sanitize/native_driver
+
+build/sanitize/native_driver: $(shell find csrc -type f)
+	cmake -S csrc -B build/sanitize -DMOE3D_SANITIZE=ON
+	cmake --build build/sanitize --parallel
 
 lint: $(VENV)/.tools
 	$(PY) -m ruff check .

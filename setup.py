@@ -1,8 +1,100 @@
-"""What pyproject.toml cannot say: the top-level folder kernels/ is installed as the package moe3d.kernels."""
+"""What pyproject.toml cannot say: kernels/ is installed as moe3d.kernels, and CMake builds csrc/ into moe3d._native.
 
-from setuptools import find_packages, setup
+MOE3D_BUILD chooses what is built: "auto" (the default: what can be, and a record of what could not), "cpu" or "cuda"
+(fails where that part cannot be built), "off" (pure Python). No build needs PyTorch or looks for a GPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+CHOICES = ("auto", "cpu", "cuda", "off")
+NO_CUDA = "this version of moe3d has no CUDA sources yet"
+
+
+def choice() -> str:
+    value = os.environ.get("MOE3D_BUILD", "auto")
+    if value not in CHOICES:
+        raise SystemExit(f"MOE3D_BUILD must be one of {', '.join(CHOICES)}, got {value!r}")
+    if value == "cuda":
+        raise SystemExit(f"MOE3D_BUILD=cuda cannot be built: {NO_CUDA}")
+    return value
+
+
+def write_record(package: Path, cpu: str | None, cuda: str | None) -> None:
+    """What was left out and why, for `moe3d info` (moe3d/_build.py reads it)."""
+    (package / "_build.json").write_text(json.dumps({"cpu": cpu, "cuda": cuda}) + "\n")
+
+
+class BuildFailure(Exception):
+    """A step of the native build failed; the message is one line."""
+
+
+class BuildNative(build_ext):
+    def build_extension(self, ext):
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        module.parent.mkdir(parents=True, exist_ok=True)
+        reason = None
+        try:
+            self.cmake(module)
+        except BuildFailure as failure:
+            if CHOICE != "auto":
+                raise SystemExit(f"moe3d: the native build failed: {failure}") from failure
+            reason = f"its build failed: {failure}"
+            print(f"moe3d: installing without the C++ part, because {reason}", file=sys.stderr)
+        write_record(module.parent, cpu=reason, cuda=NO_CUDA)
+
+    def cmake(self, module: Path) -> None:
+        import pybind11
+
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            *("cmake", "-G", "Ninja", "-S", ROOT / "csrc", "-B", build),
+            f"-DMOE3D_VERSION={self.distribution.get_version()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+        ]
+        run(configure)
+        run(["cmake", "--build", build])
+
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if Path(path).exists()]  # the module may have been left out
+
+
+class BuildPython(build_py):
+    def run(self):
+        super().run()
+        if CHOICE == "off" and not self.editable_mode:
+            reason = "it was built with MOE3D_BUILD=off"
+            write_record(Path(self.build_lib) / "moe3d", cpu=reason, cuda=reason)
+
+
+def run(command: list) -> None:
+    try:
+        done = subprocess.run([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildFailure(f"{command[0]} cannot be run ({error.strerror})") from error
+    print(done.stdout)
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        telling = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+        raise BuildFailure(f"{command[0]} said: {telling}")
+
+
+CHOICE = choice()
 
 setup(
     packages=[*find_packages(include=["moe3d", "moe3d.*"]), "moe3d.kernels"],
     package_dir={"moe3d.kernels": "kernels"},
+    ext_modules=[] if CHOICE == "off" else [Extension("moe3d._native", sources=[])],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

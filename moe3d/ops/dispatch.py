@@ -7,6 +7,7 @@ To add a backend: subclass :class:`~moe3d.ops.backend.Backend` in a module of th
 from __future__ import annotations
 
 from moe3d.ops.backend import Backend
+from moe3d.ops.native import CPUBackend
 from moe3d.ops.reference import ReferenceBackend
 from moe3d.ops.types import HeadOptions, HeadTensors
 
@@ -30,7 +31,7 @@ class PlannedBackend(Backend):
 _REGISTRY: dict[str, Backend] = {  # in the order in which "auto" tries them: the fastest first
     "triton": PlannedBackend("Triton kernels"),
     "cuda": PlannedBackend("CUDA kernels"),
-    "cpu": PlannedBackend("C++ kernels"),
+    "cpu": CPUBackend(),
     "reference": ReferenceBackend(),
 }
 AUTO = "auto"

@@ -1,0 +1,146 @@
+// The Python module moe3d._native: sizes, options and raw addresses in, a status out. It knows neither PyTorch nor
+// NumPy, so one build serves every version of them; moe3d/ops/native.py fills in the fields by name.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+
+#include "cpu/parallel.h"
+#include "cpu/select.h"
+#include "moe_head.h"
+
+namespace py = pybind11;
+using moe::Problem;
+
+namespace {
+
+// The structs own nothing; Problem::isa alone needs memory behind it.
+struct OwnedProblem : Problem {
+  OwnedProblem() : Problem{} { set_isa("auto"); }
+  void set_isa(const std::string& name) {
+    isa_name = name;
+    isa = isa_name.c_str();
+  }
+  std::string isa_name;
+};
+
+template <typename Class, typename Struct, typename Pointer>
+void def_address(Class& cls, const char* name, Pointer Struct::*field) {
+  using Owner = typename Class::type;
+  cls.def_property(
+      name, [field](const Owner& self) { return reinterpret_cast<uintptr_t>(self.*field); },
+      [field](Owner& self, uintptr_t address) { self.*field = reinterpret_cast<Pointer>(address); });
+}
+
+template <typename Class, typename Enum>
+void def_code(Class& cls, const char* name, Enum Problem::*field) {
+  cls.def_property(
+      name, [field](const OwnedProblem& self) { return static_cast<int>(self.*field); },
+      [field](OwnedProblem& self, int code) { self.*field = static_cast<Enum>(code); });
+}
+
+void bind_problem(py::module_& m) {
+  py::class_<OwnedProblem> cls(m, "Problem");
+  cls.def(py::init<>());
+  cls.def_readwrite("batch", &OwnedProblem::batch);
+  cls.def_readwrite("channels", &OwnedProblem::channels);
+  cls.def_readwrite("in_height", &OwnedProblem::in_height);
+  cls.def_readwrite("in_width", &OwnedProblem::in_width);
+  cls.def_readwrite("height", &OwnedProblem::height);
+  cls.def_readwrite("width", &OwnedProblem::width);
+  cls.def_readwrite("experts", &OwnedProblem::experts);
+  cls.def_readwrite("expert_hidden", &OwnedProblem::expert_hidden);
+  cls.def_readwrite("outputs", &OwnedProblem::outputs);
+  cls.def_readwrite("gate_hidden", &OwnedProblem::gate_hidden);
+  cls.def_readwrite("temperature", &OwnedProblem::temperature);
+  cls.def_readwrite("gap", &OwnedProblem::gap);
+  cls.def_readwrite("skip_below", &OwnedProblem::skip_below);
+  cls.def_readwrite("bf16", &OwnedProblem::bf16);
+  cls.def_readwrite("threads", &OwnedProblem::threads);
+  cls.def_property(
+      "isa", [](const OwnedProblem& self) { return self.isa_name; }, &OwnedProblem::set_isa);
+  cls.def_property(
+      "x_strides",
+      [](const OwnedProblem& self) {
+        return std::array<int64_t, 4>{self.x_strides[0], self.x_strides[1], self.x_strides[2], self.x_strides[3]};
+      },
+      [](OwnedProblem& self, const std::array<int64_t, 4>& strides) {
+        for (int i = 0; i < 4; ++i) self.x_strides[i] = strides[i];
+      });
+  def_code(cls, "x_element", &Problem::x_element);
+  def_code(cls, "activation", &Problem::activation);
+  def_code(cls, "conf_activation", &Problem::conf_activation);
+  def_code(cls, "mode", &Problem::mode);
+  def_address(cls, "x", &Problem::x);
+  def_address(cls, "expert_w1", &Problem::expert_w1);
+  def_address(cls, "expert_b1", &Problem::expert_b1);
+  def_address(cls, "expert_w2", &Problem::expert_w2);
+  def_address(cls, "expert_b2", &Problem::expert_b2);
+  def_address(cls, "gate_w1", &Problem::gate_w1);
+  def_address(cls, "gate_b1", &Problem::gate_b1);
+  def_address(cls, "gate_w2", &Problem::gate_w2);
+  def_address(cls, "gate_b2", &Problem::gate_b2);
+  def_address(cls, "gate_logits", &Problem::gate_logits);
+  def_address(cls, "pos_x", &Problem::pos_x);
+  def_address(cls, "pos_y", &Problem::pos_y);
+}
+
+template <typename Float>
+void bind_maps(py::module_& m, const char* name) {
+  using Maps = moe::HeadMaps<Float>;
+  py::class_<Maps> cls(m, name);
+  cls.def(py::init([] { return Maps{}; }));
+  def_address(cls, "prediction", &Maps::prediction);
+  def_address(cls, "confidence", &Maps::confidence);
+  def_address(cls, "entropy", &Maps::entropy);
+  def_address(cls, "weights", &Maps::weights);
+  def_address(cls, "hypotheses", &Maps::hypotheses);
+}
+
+void bind_gradients(py::module_& m) {
+  using moe::Gradients;
+  py::class_<Gradients> cls(m, "Gradients");
+  cls.def(py::init([] { return Gradients{}; }));
+  def_address(cls, "x", &Gradients::x);
+  def_address(cls, "expert_w1", &Gradients::expert_w1);
+  def_address(cls, "expert_b1", &Gradients::expert_b1);
+  def_address(cls, "expert_w2", &Gradients::expert_w2);
+  def_address(cls, "expert_b2", &Gradients::expert_b2);
+  def_address(cls, "gate_w1", &Gradients::gate_w1);
+  def_address(cls, "gate_b1", &Gradients::gate_b1);
+  def_address(cls, "gate_w2", &Gradients::gate_w2);
+  def_address(cls, "gate_b2", &Gradients::gate_b2);
+  def_address(cls, "gate_logits", &Gradients::gate_logits);
+}
+
+std::vector<std::string> supported_isas() {
+  const char* names[3];
+  const int count = moe::cpu::supported_isas(names);
+  return {names, names + count};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "C++ kernels of moe3d; called through moe3d.ops.native.";
+  m.attr("version") = MOE3D_VERSION;
+  m.attr("compiler") = MOE3D_COMPILER;
+  bind_problem(m);
+  bind_maps<float>(m, "Outputs");
+  bind_maps<const float>(m, "Cotangents");
+  bind_gradients(m);
+  m.def("supported_isas", supported_isas, "Instruction sets that this build has and this processor runs, best first.");
+  m.def("has_bf16_products", moe::cpu::has_bf16_products);
+  m.def("has_thread_runtime", moe::cpu::has_thread_runtime);
+  m.def(
+      "cpu_forward",
+      [](const OwnedProblem& p, const moe::Outputs& out) { return static_cast<int>(moe::cpu::forward(p, out)); },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cpu_backward",
+      [](const OwnedProblem& p, const moe::Cotangents& given, const moe::Gradients& out) {
+        return static_cast<int>(moe::cpu::backward(p, given, out));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,112 @@
+// Interpolation and the 1x1 layers, forward and adjoint.
+#pragma once
+
+#include "simd.h"
+
+namespace moe::cpu {
+namespace {
+
+void blend_columns(const float* products, const ColumnBlend* blends, int64_t begin, int64_t end, const float* start,
+                   float* out, int64_t out_plane) {
+  for (int64_t X = begin; X < end; ++X) {
+    const float* column[kBlend];  // read before the first store, which the compiler must think may change them
+    Vec weight[kBlend];
+    for (int t = 0; t < kBlend; ++t) {
+      column[t] = products + blends[X].offset[t];
+      weight[t] = broadcast(blends[X].weight[t]);
+    }
+    for (int v = 0; v < kGroupVecs; ++v)
+      for (int dy = 0; dy < 3; ++dy) {
+        const int64_t at = dy * kRowTap + v * kLanes, to = dy * out_plane + X * kGroup + v * kLanes;
+        Vec sum = start ? load(start + to) : Vec{};
+        for (int t = 0; t < kBlend; ++t) sum += weight[t] * load(column[t] + at);
+        store(out + to, sum);
+      }
+  }
+}
+
+inline void blend_pixel(const RowBlend& blend, const float* base, int64_t X, float* hidden) {
+  for (int v = 0; v < kGroupVecs; ++v) {
+    Vec sum = load(base + v * kLanes);
+    for (int t = 0; t < kBlend; ++t) sum += blend.weight[t] * load(blend.row[t] + X * kGroup + v * kLanes);
+    store(hidden + v * kLanes, relu(sum));
+  }
+}
+
+void blend_rows(const RowBlend& blend_in_memory, const float* base, int64_t begin, int64_t end, int64_t width,
+                float* hidden) {
+  const RowBlend blend = blend_in_memory;  // a copy that stores to hidden cannot change
+  for (int64_t X = begin; X < end; ++X) {
+    const int kind = (X == 0 ? 1 : 0) + (X == width - 1 ? 2 : 0);
+    blend_pixel(blend, base + kind * kGroup, X, hidden + (X - begin) * kGroup);
+  }
+}
+
+constexpr int kPixelsAtOnce = 4;  // independent sums, so that the multiply-add's latency is hidden
+
+template <int Pixels>
+inline void second_layer_pixels(const float* hidden, const float* w2, int64_t padded, const float* start, float* z,
+                                int64_t z_pixel) {
+  for (int64_t o = 0; o < padded; o += kSecondAlign) {
+    Vec4 sum[Pixels];
+    for (int i = 0; i < Pixels; ++i) sum[i] = load4(start ? start + o : z + i * z_pixel + o);
+    for (int n = 0; n < kGroup; ++n) {
+      const Vec4 weight = load4(w2 + n * padded + o);
+      for (int i = 0; i < Pixels; ++i) sum[i] += hidden[i * kGroup + n] * weight;
+    }
+    for (int i = 0; i < Pixels; ++i) store4(z + i * z_pixel + o, sum[i]);
+  }
+}
+
+void second_layer(const float* hidden, int64_t count, const float* w2, int64_t padded, const float* start, float* z,
+                  int64_t z_pixel) {
+  int64_t i = 0;
+  for (; i + kPixelsAtOnce <= count; i += kPixelsAtOnce)
+    second_layer_pixels<kPixelsAtOnce>(hidden + i * kGroup, w2, padded, start, z + i * z_pixel, z_pixel);
+  for (; i < count; ++i) second_layer_pixels<1>(hidden + i * kGroup, w2, padded, start, z + i * z_pixel, z_pixel);
+}
+
+void second_layer_backward(float* hidden, int64_t count, const float* w2, int64_t outputs,
+                           const float* grad_z, int64_t z_pixel) {
+  const Vec zero = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int v = 0; v < kGroupVecs; ++v) {
+      float* at = hidden + i * kGroup + v * kLanes;
+      Vec sum = {};
+      for (int64_t o = 0; o < outputs; ++o)
+        sum += grad_z[i * z_pixel + o] * load(w2 + o * kGroup + v * kLanes);
+      store(at, load(at) <= zero ? zero : sum);  // NaN passes, as through relu
+    }
+}
+
+void second_layer_weights(const float* hidden, int64_t count, const float* grad_z, int64_t z_pixel, int64_t outputs,
+                          float* grad_w2) {
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int v = 0; v < kGroupVecs; ++v) {
+      float* at = grad_w2 + o * kGroup + v * kLanes;
+      Vec sum = {};
+      for (int64_t i = 0; i < count; ++i) sum += grad_z[i * z_pixel + o] * load(hidden + i * kGroup + v * kLanes);
+      store(at, load(at) + sum);
+    }
+}
+
+void add_row(const float* row, float weight, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(out + i) + weight * load(row + i));
+}
+
+void scatter_columns(const float* rows, int64_t row_plane, const ColumnBlend* blends, int64_t width, float* products) {
+  for (int64_t X = 0; X < width; ++X) {
+    const ColumnBlend blend = blends[X];  // a copy, which stores to `products` cannot change
+    for (int v = 0; v < kGroupVecs; ++v)
+      for (int dy = 0; dy < 3; ++dy) {
+        const Vec row = load(rows + dy * row_plane + X * kGroup + v * kLanes);
+        for (int t = 0; t < kBlend; ++t) {
+          float* out = products + blend.offset[t] + dy * kRowTap + v * kLanes;
+          store(out, load(out) + blend.weight[t] * row);
+        }
+      }
+  }
+}
+
+}  // namespace
+}  // namespace moe::cpu

@@ -1,0 +1,35 @@
+// Collects this translation unit's kernels; include last.
+#pragma once
+
+#include "blend.h"
+#include "gemm.h"
+#include "mix.h"
+
+namespace moe::cpu {
+namespace {
+
+template <int Rows, int Vecs, int NarrowVecs>
+Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
+  Kernels kernels = {};
+  kernels.isa = isa;
+  kernels.block_rows = Rows;
+  kernels.panel = Vecs * kLanes;
+  kernels.narrow_panel = NarrowVecs * kLanes;
+  kernels.gemm = gemm<Rows, Vecs>;
+  kernels.gemm_narrow = gemm<Rows, NarrowVecs>;
+  kernels.gemm_bf16 = gemm_bf16;
+  kernels.blend_columns = blend_columns;
+  kernels.blend_rows = blend_rows;
+  kernels.second_layer = second_layer;
+  kernels.mix = mix;
+  kernels.find_kept = find_kept;
+  kernels.mix_backward = mix_backward;
+  kernels.second_layer_backward = second_layer_backward;
+  kernels.second_layer_weights = second_layer_weights;
+  kernels.add_row = add_row;
+  kernels.scatter_columns = scatter_columns;
+  return kernels;
+}
+
+}  // namespace
+}  // namespace moe::cpu

@@ -1,0 +1,120 @@
+// The inner loops, compiled once per instruction set; everything above them is compiled for the baseline processor.
+//
+// Layout rule of the whole CPU path: channels lie in vector lanes. Hidden channels are handled in groups of kGroup,
+// because a group's weights, its products at low resolution and its ring of combined rows fit a 1 MB L2 together.
+// That keeps interpolation free of shuffles (its weights are scalars), and any width costs what it should.
+#pragma once
+
+#include <cstdint>
+
+#include "../moe_head.h"
+
+namespace moe::cpu {
+
+constexpr int kGroup = 16;               // hidden channels handled together
+constexpr int kTaps = 9;                 // of the 3x3 convolution, row by row
+constexpr int kColumn = kTaps * kGroup;  // products of one low-resolution pixel with one group's weights
+constexpr int kRowTap = 3 * kGroup;      // floats between the products of neighbouring rows of taps
+constexpr int kBlend = 6;                // three taps, each between two low-resolution neighbours
+constexpr int kSecondAlign = 4;          // outputs of a 1x1 layer are padded to a multiple of it
+constexpr int kTileWidth = 64;           // output pixels of a row handled together: the skip grid and the L1 block
+
+// c[m][n] (+)= sum_k a(m, k) b[k][n], for `row_blocks` blocks of kernel rows and `panels` panels of kernel columns.
+// With `bf16`, a and b hold pairs of bfloat16 along k, one pair per float, and `depth` counts pairs.
+struct Gemm {
+  const float* a;
+  int64_t a_row, a_depth;  // strides
+  const float* b;          // panel p's row k starts at b + p * b_panel + k * b_depth
+  int64_t b_panel, b_depth;
+  float* c;
+  int64_t c_row;
+  int64_t row_blocks, panels, depth;
+  bool accumulate;
+};
+
+// How one output column's three horizontal taps read the low-resolution products: offsets into a row of them.
+struct ColumnBlend {
+  int64_t offset[kBlend];
+  float weight[kBlend];
+};
+
+// One output row's vertical taps: combined rows and their weights; unused entries point to a row of zeros.
+struct RowBlend {
+  const float* row[kBlend];
+  float weight[kBlend];
+};
+
+// Which kind of column an output pixel is in, for the part of the position embedding that depends on the row:
+// bit 0: the first column (its left taps are padding); bit 1: the last one.
+constexpr int kEdgeKinds = 4;
+
+// A block of at most kTileWidth pixels of one output row, from the 1x1 layers' results to the outputs or to gradients.
+struct MixBlock {
+  int64_t count;
+  const float* const* z;  // expert k's outputs of pixel i: z[k] + i * z_pixel
+  int64_t z_pixel;
+  const float* gate;  // pixel i's logits: gate + i * gate_pixel; null without a gate
+  int64_t gate_pixel;
+  const float* gate_logits;  // added: expert k's of pixel i at k * plane + i; null: none
+  int64_t plane;             // pixels of a frame
+  const uint8_t* kept;       // per expert: 0 = left out; null: none is
+  float* scratch;            // mix_scratch_floats()
+};
+
+struct MixGradients {
+  float* const* z;  // laid out as MixBlock::z, and may be the same memory
+  float* gate;      // laid out as MixBlock::gate, likewise
+};
+
+inline int64_t mix_scratch_floats(const Problem& p) {
+  // planes of kTileWidth: raw outputs, activated outputs and their gradients; logits, weights, log weights, decode weights
+  return kTileWidth * (p.experts * (3 * p.outputs + 6) + 8);
+}
+
+struct Kernels {
+  const char* isa;
+  int block_rows;    // rows of c in one Gemm block
+  int panel;         // columns of c in one panel of `gemm`
+  int narrow_panel;  // the same of `gemm_narrow`
+
+  void (*gemm)(const Gemm&);
+  void (*gemm_narrow)(const Gemm&);
+  void (*gemm_bf16)(const Gemm&);  // null where the instruction set has no bfloat16 products
+
+  // out[dy][X] = start[dy][X] + sum over the blend of products, for X in [begin, end) and the three rows of taps.
+  void (*blend_columns)(const float* products, const ColumnBlend* blends, int64_t begin, int64_t end,
+                        const float* start, float* out, int64_t out_plane);
+  // hidden[i] = relu(base[kind of column begin + i] + sum of the blend's rows), for i in [0, end - begin).
+  void (*blend_rows)(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
+                     float* hidden);
+  // z[i] (+)= hidden[i] . w2, for kGroup hidden channels; w2 is [kGroup][padded], start [padded] or null to add to z.
+  void (*second_layer)(const float* hidden, int64_t count, const float* w2, int64_t padded, const float* start,
+                       float* z, int64_t z_pixel);
+  // The outputs of a block; pointers in `outputs` are those of the block's first pixel in its frame.
+  void (*mix)(const Problem&, const MixBlock&, const Outputs& outputs);
+  // kept[k] |= whether expert k matters in this block: see Problem::skip_below.
+  void (*find_kept)(const Problem&, const MixBlock&, uint8_t* kept);
+  // The gradients of a block's z and logits, written over the inputs' layout.
+  void (*mix_backward)(const Problem&, const MixBlock&, const Cotangents&, const MixGradients&);
+
+  // --- the adjoints ---
+  // hidden[i] becomes the gradient before relu: where(hidden <= 0, 0, grad_z[i] . w2), w2 being [outputs][kGroup].
+  void (*second_layer_backward)(float* hidden, int64_t count, const float* w2, int64_t outputs, const float* grad_z,
+                                int64_t z_pixel);
+  // grad_w2 [outputs][kGroup] += sum_i grad_z[i] (x) hidden[i].
+  void (*second_layer_weights)(const float* hidden, int64_t count, const float* grad_z, int64_t z_pixel,
+                               int64_t outputs, float* grad_w2);
+  // out += weight * row, `count` floats (a multiple of kGroup).
+  void (*add_row)(const float* row, float weight, int64_t count, float* out);
+  // The adjoint of blend_columns: products[blend] += weight * rows[dy][X], for the three rows of taps.
+  void (*scatter_columns)(const float* rows, int64_t row_plane, const ColumnBlend* blends, int64_t width,
+                          float* products);
+};
+
+const Kernels& portable_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace moe::cpu

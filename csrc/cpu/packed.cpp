@@ -1,0 +1,219 @@
+#include "packed.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace moe::cpu {
+namespace {
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+float widen(float value) { return value; }
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+float widen(Bfloat16 value) { return from_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+struct Float16 {
+  uint16_t bits;
+};
+float widen(Float16 value) {
+  const uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // infinity, NaN
+  // The exponents' difference, 112, as a factor: exact, and right for denormals too.
+  return from_bits(sign | bits_of(from_bits(magnitude << 13) * 0x1p112f));
+}
+
+Bfloat16 to_bf16(float value) {
+  const uint32_t bits = bits_of(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // NaN stays one
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};  // to nearest, ties to even
+}
+
+void put(float* at, float value) { *at = value; }
+void put(Bfloat16* at, float value) { *at = to_bf16(value); }
+
+// `count` pixels of one row, channels in the layout's places.
+template <typename In, typename Out>
+void pack_pixels(const In* in, int64_t channel_stride, int64_t pixel_stride, int64_t count,
+                 const ChannelLayout& layout, Out* out, int64_t out_pixel) {
+  constexpr int64_t kBlock = 16;  // pixels at a time, so that neither side's lines are fetched twice
+  const int64_t channels = layout.channels();
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    if (channel_stride == 1) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t c = 0; c < layout.half_channels(); ++c) put(out + i * out_pixel + c, widen(in[i * pixel_stride + c]));
+        const int64_t shift = layout.place(layout.half_channels()) - layout.half_channels();
+        for (int64_t c = layout.half_channels(); c < channels; ++c)
+          put(out + i * out_pixel + shift + c, widen(in[i * pixel_stride + c]));
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = begin, to = layout.place(c); i < end; ++i)
+          put(out + i * out_pixel + to, widen(in[i * pixel_stride + c * channel_stride]));
+    }
+  }
+}
+
+template <typename In>
+void pack_row_of(const Problem& p, const ChannelLayout& layout, int64_t frame, int64_t row, float* out) {
+  const In* in = static_cast<const In*>(p.x) + frame * p.x_strides[0] + row * p.x_strides[2];
+  if (layout.bf16())
+    pack_pixels(in, p.x_strides[1], p.x_strides[3], p.in_width, layout, reinterpret_cast<Bfloat16*>(out),
+                2 * layout.floats());
+  else
+    pack_pixels(in, p.x_strides[1], p.x_strides[3], p.in_width, layout, out, layout.floats());
+}
+
+}  // namespace
+
+void pack_row(const Problem& p, const ChannelLayout& layout, int64_t frame, int64_t row, int64_t block_rows,
+              float* out) {
+  const int64_t used = p.in_width * layout.floats(), all = round_up(p.in_width, block_rows) * layout.floats();
+  if (layout.bf16())
+    std::memset(out, 0, all * sizeof(float));  // odd halves of pairs are padding
+  else
+    std::memset(out + used, 0, (all - used) * sizeof(float));
+  switch (p.x_element) {
+    case Element::float32: return pack_row_of<float>(p, layout, frame, row, out);
+    case Element::bfloat16: return pack_row_of<Bfloat16>(p, layout, frame, row, out);
+    case Element::float16: return pack_row_of<Float16>(p, layout, frame, row, out);
+  }
+}
+
+Buffer pack_positions(const float* table, Span rows, const ChannelLayout& layout, int64_t block_rows) {
+  const int64_t channels = layout.half_channels(), floats = layout.half_floats();
+  Buffer out = zeros(round_up(rows.size(), block_rows) * floats);
+  for (int64_t i = 0; i < rows.size(); ++i)
+    for (int64_t c = 0; c < channels; ++c) {
+      const float value = table[(rows.begin + i) * channels + c];
+      if (layout.bf16())
+        put(reinterpret_cast<Bfloat16*>(out + i * floats) + c, value);
+      else
+        put(out + i * floats + c, value);
+    }
+  return out;
+}
+
+PackedHead::PackedHead(const Problem& p, const Kernels& k, bool bf16)
+    : problem(p), kernels(k), layout(p.channels, bf16) {
+  for (int64_t branch = 0; branch < p.experts + (p.has_gate() ? 1 : 0); ++branch) {
+    const int64_t hidden = branch < p.experts ? p.expert_hidden : p.gate_hidden;
+    for (int64_t first = 0; first < hidden; first += kGroup)
+      groups_.push_back({branch, first, std::min<int64_t>(kGroup, hidden - first), first == 0});
+  }
+  most_outputs_ = std::max(padded_outputs(0), padded_outputs(p.experts));
+  w1_ = zeros(groups() * kColumn * layout.floats());
+  b1_ = zeros(groups() * kGroup);
+  w2_ = zeros(groups() * kGroup * most_outputs_);
+  w2_by_output_ = zeros(groups() * kGroup * most_outputs_);
+  b2_ = zeros((p.experts + 1) * most_outputs_);
+  for (int64_t branch = 0; branch <= p.experts; ++branch) {
+    const float* b2 = branch < p.experts ? p.expert_b2 + branch * p.outputs : p.gate_b2;
+    if (b2) std::memcpy(b2_ + branch * most_outputs_, b2, outputs(branch) * sizeof(float));
+  }
+  parallel_for(groups(), p.threads, [&](int64_t g, int) { pack_group(g); });
+  if (!p.pos_x) return;
+
+  column_part_ = Buffer(groups() * 3 * p.width * kGroup);
+  const Buffer packed_pos = pack_positions(p.pos_x, {0, p.width}, layout, kernels.block_rows);
+  std::vector<Buffer> products;
+  for (int64_t slot = 0; slot < std::min<int64_t>(p.threads, groups()); ++slot)
+    products.emplace_back(round_up(p.width, kernels.block_rows) * kColumn);
+  parallel_for(groups(), p.threads,
+               [&](int64_t g, int slot) { make_column_part(g, packed_pos.data(), products[slot].data()); });
+}
+
+Span PackedHead::branch_groups(int64_t branch) const {
+  const auto in_branch = [&](const Group& group) { return group.branch == branch; };
+  const auto begin = std::find_if(groups_.begin(), groups_.end(), in_branch);
+  const auto end = std::find_if_not(begin, groups_.end(), in_branch);
+  return {begin - groups_.begin(), end - groups_.begin()};
+}
+
+const float* PackedHead::column_part(int64_t g) const {
+  return problem.pos_x ? column_part_ + g * 3 * problem.width * kGroup : nullptr;
+}
+
+void PackedHead::pack_group(int64_t g) {
+  const Group& group = groups_[g];
+  const int64_t channels = problem.channels, branch = group.branch, depth = layout.floats();
+  const bool expert = branch < problem.experts;
+  const float* w1_in = w1(branch) + group.first_channel * channels * kTaps;
+  float* out = w1_ + g * kColumn * depth;
+  for (int n = 0; n < group.channels; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int tap = 0; tap < kTaps; ++tap) {
+        const int64_t column = tap * kGroup + n, panel = column / kernels.panel, within = column % kernels.panel;
+        const float value = w1_in[(n * channels + c) * kTaps + tap];
+        const int64_t place = layout.place(c);
+        if (layout.bf16())
+          put(reinterpret_cast<Bfloat16*>(out + (panel * depth + place / 2) * kernels.panel + within) + place % 2, value);
+        else
+          out[(panel * depth + place) * kernels.panel + within] = value;
+      }
+
+  const int64_t hidden = expert ? problem.expert_hidden : problem.gate_hidden, padded = padded_outputs(branch);
+  const float* b1_in = expert ? problem.expert_b1 + branch * hidden : problem.gate_b1;
+  const float* w2_in = expert ? problem.expert_w2 + branch * problem.outputs * hidden : problem.gate_w2;
+  for (int n = 0; n < group.channels; ++n) {
+    *(b1_ + (g * kGroup + n)) = b1_in[group.first_channel + n];
+    for (int64_t o = 0; o < outputs(branch); ++o) {
+      const float value = w2_in[o * hidden + group.first_channel + n];
+      *(w2_ + (g * kGroup * most_outputs_ + n * padded + o)) = value;
+      *(w2_by_output_ + (g * kGroup * most_outputs_ + o * kGroup + n)) = value;
+    }
+  }
+}
+
+void PackedHead::multiply(int64_t g, Channels which, const float* pixels, int64_t pixel_floats, int64_t blocks,
+                          float* products) const {
+  const int64_t first = which == Channels::second_half ? layout.half_floats() : 0;
+  const int64_t depth = which == Channels::all           ? layout.floats()
+                        : which == Channels::first_half ? layout.half_floats()
+                                                        : layout.floats() - layout.half_floats();
+  Gemm gemm = {};
+  gemm.a = pixels;
+  gemm.a_row = pixel_floats;
+  gemm.a_depth = 1;
+  gemm.b = w1_ + (g * kColumn * layout.floats() + first * kernels.panel);
+  gemm.b_panel = layout.floats() * kernels.panel;
+  gemm.b_depth = kernels.panel;
+  gemm.c = products;
+  gemm.c_row = kColumn;
+  gemm.row_blocks = blocks;
+  gemm.panels = kColumn / kernels.panel;
+  gemm.depth = depth;
+  (layout.bf16() ? kernels.gemm_bf16 : kernels.gemm)(gemm);
+}
+
+// At X: the sum over horizontal taps inside the image. The vertical sum happens by itself, because the blend of rows
+// has weights that sum to one where a tap's row is inside the image, and to zero where it is padding.
+void PackedHead::make_column_part(int64_t g, const float* packed_pos, float* products) {
+  const int64_t W = problem.width;
+  multiply(g, Channels::first_half, packed_pos, layout.half_floats(), divide_up(W, kernels.block_rows), products);
+  float* out = column_part_ + g * 3 * W * kGroup;
+  for (int dy = 0; dy < 3; ++dy)
+    for (int64_t X = 0; X < W; ++X)
+      for (int n = 0; n < kGroup; ++n) {
+        float sum = 0;
+        for (int64_t dx = X == 0 ? 1 : 0; dx < (X == W - 1 ? 2 : 3); ++dx)
+          sum += products[(X + dx - 1) * kColumn + dy * kRowTap + dx * kGroup + n];
+        out[(dy * W + X) * kGroup + n] = sum;
+      }
+}
+
+}  // namespace moe::cpu

@@ -1,0 +1,69 @@
+// Everything about a call that depends on its sizes alone: how output rows and columns read the low-resolution map.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace moe::cpu {
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Where one output coordinate lies between its two low-resolution neighbours (align_corners=True). From integers, so
+// exact: float32 positions, as PyTorch's, would cost 1e-4 at the worst pixel. A neighbour of weight 0 is never read.
+struct Position {
+  int64_t low;
+  double low_weight, high_weight;  // high is low + 1
+  bool has_high() const { return high_weight != 0; }
+};
+Position position_of(int64_t index, int64_t source, int64_t target);
+
+// The low-resolution rows that the output reads, numbered by rank (downsampling skips rows), and which of them each
+// output row reads through its three vertical taps.
+class RowPlan {
+ public:
+  RowPlan(int64_t source, int64_t target);
+
+  struct Term {  // tap dy in {0, 1, 2} reads the row of this rank
+    int64_t rank;
+    int dy;
+    float weight;
+  };
+  struct Terms {
+    Term term[kBlend];
+    int count = 0;
+  };
+
+  const Terms& terms(int64_t Y) const { return terms_[Y]; }
+  int64_t source_row(int64_t rank) const { return sources_[rank]; }
+  int64_t count() const { return static_cast<int64_t>(sources_.size()); }
+  Span ranks(Span rows) const;                 // read by these output rows
+  Span readers(Span ranks) const;              // output rows that read one of these
+  int64_t max_ranks(int64_t row_count) const;  // the most ranks that so many successive output rows read
+
+ private:
+  std::vector<Terms> terms_;
+  std::vector<int64_t> sources_;
+};
+
+// How output columns read a row of products, whose column `zero_column` holds zeros.
+class ColumnPlan {
+ public:
+  ColumnPlan(int64_t source, int64_t target, int64_t zero_column);
+
+  const ColumnBlend* blends() const { return blends_.data(); }
+  Span columns(int64_t X) const { return columns_[X]; }  // low-resolution columns that output column X reads
+
+ private:
+  std::vector<ColumnBlend> blends_;
+  std::vector<Span> columns_;
+};
+
+}  // namespace moe::cpu

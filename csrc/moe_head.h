@@ -1,0 +1,71 @@
+// The contract between the Python side and the kernels: plain data, no tensor class, no exception crosses it.
+//
+// Shapes and meanings are those of moe3d.functional.moe_head. Every float pointer is contiguous float32; `x` alone keeps
+// its own element type and strides, and so does its gradient. A pointer that may be absent is null.
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+enum class Status : int32_t { ok = 0, out_of_memory = 1, unknown_isa = 2, isa_not_supported = 3 };
+
+enum class Element : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// In the order of moe3d.ops.activations.ACTIVATIONS and CONF_ACTIVATIONS, and of moe3d.ops.mixture.MODES.
+enum class Activation : int32_t { exp = 0, relu, sigmoid, linear, inv_log, xy_inv_log, norm, norm_exp };
+enum class ConfActivation : int32_t { none = -1, expp1 = 0, expp0, sigmoid };
+enum class Mode : int32_t { mean = 0, argmax, switch_ };
+
+struct Problem {
+  // sizes
+  int64_t batch, channels, in_height, in_width, height, width;
+  int64_t experts, expert_hidden, outputs;
+  int64_t gate_hidden;  // 0: there is no gate
+  // inputs
+  const void* x;
+  Element x_element;
+  int64_t x_strides[4];  // of batch, channel, row, column; in elements
+  const float *expert_w1, *expert_b1, *expert_w2, *expert_b2;
+  const float *gate_w1, *gate_b1, *gate_w2, *gate_b2;
+  const float* gate_logits;
+  const float *pos_x, *pos_y;
+  // options
+  float temperature;
+  Activation activation;
+  ConfActivation conf_activation;
+  Mode mode;
+  float gap;
+  float skip_below;
+  bool bf16;      // multiply in bfloat16, accumulate in float32
+  const char* isa;  // "auto", or one of those that moe::cpu::isa_names() lists
+  int32_t threads;
+
+  bool has_gate() const { return gate_hidden > 0; }
+  bool has_confidence() const { return conf_activation != ConfActivation::none; }
+  int64_t prediction_channels() const { return outputs - (has_confidence() ? 1 : 0); }
+  int64_t pixels() const { return height * width; }
+};
+
+// Outputs of the forward pass, and in the same layout their cotangents in the backward pass (null: not used).
+template <typename Float>
+struct HeadMaps {
+  Float *prediction, *confidence, *entropy, *weights, *hypotheses;
+};
+using Outputs = HeadMaps<float>;
+using Cotangents = HeadMaps<const float>;
+
+// Gradients, written whole (never added to); null: not wanted. All float32 and contiguous.
+struct Gradients {
+  float* x;  // [B, h, w, C]: channels last
+  float *expert_w1, *expert_b1, *expert_w2, *expert_b2;
+  float *gate_w1, *gate_b1, *gate_w2, *gate_b2;
+  float* gate_logits;
+};
+
+namespace cpu {
+Status forward(const Problem& problem, const Outputs& outputs);
+Status backward(const Problem& problem, const Cotangents& cotangents, const Gradients& gradients);
+}  // namespace cpu
+
+}  // namespace moe

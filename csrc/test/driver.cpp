@@ -1,0 +1,142 @@
+// Runs the CPU kernels over awkward shapes without Python, for the sanitizers: every buffer has exactly its size.
+// Every instruction set and number of threads must agree with the portable path on one thread.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <random>
+#include <vector>
+
+#include "../cpu/select.h"
+#include "../moe_head.h"
+
+using namespace moe;
+using Floats = std::vector<float>;
+
+namespace {
+
+struct Shape {
+  int64_t batch, channels, in_height, in_width, height, width, experts, expert_hidden, gate_hidden, outputs;
+};
+
+const Shape kShapes[] = {
+    {1, 8, 5, 7, 9, 12, 2, 16, 16, 2},   {2, 7, 5, 7, 9, 70, 3, 5, 9, 2},  {1, 16, 1, 1, 5, 6, 4, 32, 33, 2},
+    {1, 6, 9, 3, 4, 3, 16, 3, 20, 4},    {1, 6, 9, 3, 1, 1, 1, 32, 0, 4},  {1, 4, 40, 30, 5, 7, 2, 3, 4, 2},
+    {1, 3, 6, 6, 6, 6, 2, 3, 4, 2},      {1, 2, 1, 2, 40, 1, 2, 17, 1, 2}, {2, 10, 20, 37, 35, 65, 4, 32, 16, 4},
+    {1, 1, 1, 9, 1, 130, 2, 8, 8, 2},
+};
+
+Floats draw(std::mt19937& random, int64_t count, float scale = 1) {
+  std::normal_distribution<float> normal(0, scale);
+  Floats values(count);
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+struct Case {
+  Case(const Shape& s, Mode mode, float skip_below, bool with_pos) {
+    std::mt19937 random(1);
+    const int64_t K = s.experts, C = s.channels, pixels = s.height * s.width;
+    const float first = 1 / std::sqrt(9.f * static_cast<float>(C));
+    x = draw(random, s.batch * C * s.in_height * s.in_width);
+    w1 = draw(random, K * s.expert_hidden * C * 9, first);
+    b1 = draw(random, K * s.expert_hidden, .1f);
+    w2 = draw(random, K * s.outputs * s.expert_hidden, .2f);
+    b2 = draw(random, K * s.outputs, .1f);
+    g1 = draw(random, s.gate_hidden * C * 9, first);
+    gb1 = draw(random, s.gate_hidden, .1f);
+    g2 = draw(random, K * s.gate_hidden, 3);
+    gb2 = draw(random, K, .1f);
+    logits = draw(random, s.batch * K * pixels);
+    pos_x = draw(random, s.width * (C / 2));
+    pos_y = draw(random, s.height * (C / 2));
+    p = {};
+    p.batch = s.batch, p.channels = C, p.in_height = s.in_height, p.in_width = s.in_width;
+    p.height = s.height, p.width = s.width, p.experts = K, p.expert_hidden = s.expert_hidden;
+    p.outputs = s.outputs, p.gate_hidden = s.gate_hidden;
+    p.x = x.data();
+    const int64_t strides[4] = {C * s.in_height * s.in_width, s.in_height * s.in_width, s.in_width, 1};
+    for (int i = 0; i < 4; ++i) p.x_strides[i] = strides[i];
+    p.expert_w1 = w1.data(), p.expert_b1 = b1.data(), p.expert_w2 = w2.data(), p.expert_b2 = b2.data();
+    if (s.gate_hidden) {
+      p.gate_w1 = g1.data(), p.gate_b1 = gb1.data(), p.gate_w2 = g2.data(), p.gate_b2 = gb2.data();
+      p.gate_logits = logits.data();
+    }
+    if (with_pos && C % 2 == 0) p.pos_x = pos_x.data(), p.pos_y = pos_y.data();
+    p.temperature = .8f, p.gap = .3f, p.mode = mode, p.skip_below = skip_below;
+    p.activation = s.outputs == 4 ? Activation::norm_exp : Activation::exp;
+    if (mode == Mode::switch_) p.activation = Activation::exp;
+    p.conf_activation = ConfActivation::expp1;
+  }
+
+  // All outputs and all gradients, one after another.
+  Floats run(const char* isa, int threads, bool bf16) {
+    p.isa = isa, p.threads = threads, p.bf16 = bf16;
+    const int64_t maps = p.batch * p.pixels(), predicted = p.prediction_channels();
+    Floats prediction(maps * predicted, NAN), confidence(maps, NAN), entropy(maps, NAN), weights(maps * p.experts, NAN);
+    check(cpu::forward(p, {prediction.data(), confidence.data(), entropy.data(), weights.data(), nullptr}));
+    Floats gx(x.size(), NAN), gw1(w1.size(), NAN), gb1_(b1.size(), NAN), gw2(w2.size(), NAN), gb2_(b2.size(), NAN);
+    Floats gg1(g1.size(), NAN), ggb1(gb1.size(), NAN), gg2(g2.size(), NAN), ggb2(gb2.size(), NAN);
+    Floats glogits(logits.size(), NAN);
+    Gradients gradients = {gx.data(), gw1.data(), gb1_.data(), gw2.data(), gb2_.data(), nullptr, nullptr, nullptr,
+                           nullptr, nullptr};
+    const bool gate = p.has_gate();
+    if (gate)
+      gradients.gate_w1 = gg1.data(), gradients.gate_b1 = ggb1.data(), gradients.gate_w2 = gg2.data(),
+      gradients.gate_b2 = ggb2.data(), gradients.gate_logits = glogits.data();
+    const Floats ones(maps * predicted, 1.f);
+    check(cpu::backward(p, {ones.data(), ones.data(), ones.data(), nullptr, nullptr}, gradients));
+    Floats all;
+    for (const Floats* part : {&prediction, &confidence, &entropy, &weights, &gx, &gw1, &gb1_, &gw2, &gb2_})
+      all.insert(all.end(), part->begin(), part->end());
+    for (const Floats* part : {&gg1, &ggb1, &gg2, &ggb2, &glogits})
+      if (gate) all.insert(all.end(), part->begin(), part->end());
+    return all;
+  }
+
+  static void check(Status status) {
+    if (status != Status::ok) {
+      std::printf("status %d\n", static_cast<int>(status));
+      std::exit(1);
+    }
+  }
+
+  Floats x, w1, b1, w2, b2, g1, gb1, g2, gb2, logits, pos_x, pos_y;
+  Problem p;
+};
+
+double distance(const Floats& a, const Floats& b) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += (static_cast<double>(a[i]) - b[i]) * (static_cast<double>(a[i]) - b[i]);
+    size += static_cast<double>(b[i]) * b[i];
+  }
+  return std::sqrt(difference / size);
+}
+
+void expect(bool holds, const char* what, const char* isa, size_t shape) {
+  if (holds) return;
+  std::printf("%s: %s, shape %zu\n", what, isa, shape);
+  std::exit(1);
+}
+
+}  // namespace
+
+int main() {
+  const char* isas[3];
+  const int count = cpu::supported_isas(isas);
+  for (size_t s = 0; s < sizeof kShapes / sizeof *kShapes; ++s)
+    for (Mode mode : {Mode::mean, Mode::argmax, Mode::switch_})
+      for (float skip_below : {0.f, 1e-6f}) {
+        Case test(kShapes[s], mode, skip_below, skip_below == 0);
+        const Floats truth = test.run("portable", 1, false);
+        for (int i = 0; i < count; ++i) {
+          const Floats one = test.run(isas[i], 1, false);
+          expect(distance(one, truth) < 1e-4, "differs from the portable path", isas[i], s);
+          expect(test.run(isas[i], 3, false) == one, "depends on the number of threads", isas[i], s);
+        }
+        if (cpu::has_bf16_products())
+          expect(distance(test.run("avx512", 2, true), truth) < 0.1, "bfloat16 differs", "avx512", s);
+      }
+  std::printf("native driver: all shapes agree\n");
+}

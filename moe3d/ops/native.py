@@ -1,0 +1,162 @@
+"""The ``cpu`` backend: C++ kernels in the compiled module ``moe3d._native`` (sources in ``csrc/``).
+
+The module takes addresses, sizes and strides, and knows nothing of PyTorch. What can keep it from running (not built,
+built for another version, not loadable here) is a reason told when the backend is asked for, never an import error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe3d import _build
+from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
+from moe3d.ops.backend import Backend
+from moe3d.ops.mixture import MODES
+from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
+
+ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset takes the best that the processor has
+
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FAILURES = {1: "out of memory", 2: "no such instruction set", 3: "an instruction set that this processor lacks"}
+
+
+class CPUBackend(Backend):
+    """Low-resolution formulation, float32 or bfloat16 products with float32 sums; see csrc/cpu/hidden.h."""
+
+    def unavailable(self) -> str | None:
+        native = _build.native()
+        if native.module is None:
+            return native.reason
+        known = ("auto", *native.module.supported_isas())
+        if _isa() not in known:
+            return f"{ISA_VARIABLE}={_isa()!r}, expected one of {', '.join(known)} on this processor"
+        return None
+
+    def unsupported(self, tensors: HeadTensors, options: HeadOptions) -> str | None:
+        x = tensors.x
+        if x.device.type != "cpu":
+            return f"x is on {x.device.type!r}, and this backend works on the CPU"
+        if x.dtype not in _ELEMENTS:
+            return f"x is {str(x.dtype).removeprefix('torch.')}, and the kernels compute in float32 or less"
+        if options.precision == "tf32":
+            return "precision 'tf32' is arithmetic of CUDA devices"
+        if options.precision == "bf16" and not has_bf16_products():
+            return "precision 'bf16' needs a processor with avx512_bf16 (and MOE3D_CPU_ISA left at auto or avx512)"
+        return None
+
+    def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
+        outputs = _empty_outputs(tensors, options)
+        call = _Call(tensors, options, bf16=_uses_bf16(tensors.x.dtype, options.precision))
+        call.run("cpu_forward", call.addresses("Outputs", outputs._asdict()))
+        return outputs
+
+    def backward(
+        self, tensors: HeadTensors, options: HeadOptions, cotangents: MoEOutput, needs: HeadTensors
+    ) -> HeadTensors:
+        gradients = {
+            name: _empty_gradient(name, value)
+            for name, value in tensors._asdict().items()
+            if value is not None and getattr(needs, name)
+        }
+        call = _Call(tensors, options, bf16=False)  # twice the work of bfloat16, and exact to the last reduction
+        call.run(
+            "cpu_backward",
+            call.addresses("Cotangents", call.keep_all(cotangents._asdict())),
+            call.addresses("Gradients", gradients),
+        )
+        if "x" in gradients:
+            gradients["x"] = gradients["x"].permute(0, 3, 1, 2)
+        return HeadTensors(*(gradients.get(name) for name in HeadTensors._fields))
+
+
+def has_bf16_products() -> bool:
+    """Whether bfloat16 arithmetic can be had: by the processor, and by the instruction set asked for."""
+    module = _build.native().module
+    return module is not None and module.has_bf16_products() and _isa() in ("auto", "avx512")
+
+
+def _isa() -> str:
+    return os.environ.get(ISA_VARIABLE) or "auto"
+
+
+def _uses_bf16(x: torch.dtype, precision: str) -> bool:
+    return precision == "bf16" or (precision == "auto" and x == torch.bfloat16 and has_bf16_products())
+
+
+def _empty_outputs(t: HeadTensors, options: HeadOptions) -> MoEOutput:
+    batch, experts = t.x.shape[0], t.expert_w1.shape[0]
+    channels = options.prediction_channels(t.expert_w2.shape[1])
+
+    def new(*shape, present=True):
+        return torch.empty(*shape, options.height, options.width) if present else None
+
+    return MoEOutput(
+        prediction=new(batch, channels),
+        confidence=new(batch, present=options.conf_activation is not None),
+        entropy=new(batch),
+        weights=new(batch, experts, present=options.return_experts),
+        hypotheses=new(batch, experts, channels, present=options.return_experts),
+    )
+
+
+def _empty_gradient(name: str, value: Tensor) -> Tensor:
+    """Contiguous float32; that of x with its channels last."""
+    shape = (*value.shape[:1], *value.shape[2:], value.shape[1]) if name == "x" else value.shape
+    return torch.empty(shape, dtype=torch.float32)
+
+
+class _Call:
+    """One call's description for the compiled module, and the float32 copies that must live until it returns."""
+
+    def __init__(self, tensors: HeadTensors, options: HeadOptions, bf16: bool):
+        self._module: Any = _build.native().module  # there, or the dispatcher would not have come here
+        self._kept: list[Tensor] = []
+        self._problem = self._describe(tensors, options, bf16)
+
+    def keep_all(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        return {name: None if value is None else self._keep(value) for name, value in tensors.items()}
+
+    def _keep(self, value: Tensor) -> Tensor:
+        """``value`` as contiguous float32, alive as long as this call."""
+        value = value.detach().to(torch.float32).contiguous()
+        self._kept.append(value)
+        return value
+
+    def addresses(self, kind: str, tensors: Mapping[str, Tensor | None]):
+        struct = getattr(self._module, kind)()
+        for name, value in tensors.items():
+            setattr(struct, name, 0 if value is None else value.data_ptr())
+        return struct
+
+    def run(self, function: str, *structs) -> None:
+        status = getattr(self._module, function)(self._problem, *structs)
+        if status == 1:
+            raise MemoryError("moe_head: the cpu backend ran out of memory")
+        if status:
+            raise RuntimeError(f"moe_head: the cpu backend failed: {_FAILURES.get(status, f'status {status}')}")
+
+    def _describe(self, t: HeadTensors, options: HeadOptions, bf16: bool):
+        p = self._module.Problem()
+        p.batch, p.channels, p.in_height, p.in_width = t.x.shape
+        p.height, p.width = options.height, options.width
+        p.experts, p.expert_hidden, _, _, _ = t.expert_w1.shape
+        p.outputs = t.expert_w2.shape[1]
+        p.gate_hidden = t.gate_w1.shape[0] if t.has_gate else 0
+        p.x, p.x_strides, p.x_element = t.x.data_ptr(), t.x.stride(), _ELEMENTS[t.x.dtype]
+        for name, value in t._asdict().items():
+            if name != "x" and value is not None:
+                setattr(p, name, self._keep(value).data_ptr())
+        p.temperature, p.gap, p.skip_below = options.temperature, options.gap, options.skip_below
+        if options.return_experts:
+            p.skip_below = 0.0  # every hypothesis is wanted
+        p.activation = list(ACTIVATIONS).index(options.activation)
+        confidence = options.conf_activation
+        p.conf_activation = -1 if confidence is None else list(CONF_ACTIVATIONS).index(confidence)
+        p.mode = MODES.index(options.mode)
+        p.bf16, p.isa, p.threads = bf16, _isa(), torch.get_num_threads()
+        return p

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe3d import _build
+from moe3d.ops import native
+
+
+def _isas() -> list[str]:
+    module = _build.native().module
+    return module.supported_isas() if module else []
+
+
+@pytest.fixture(params=_isas() or [pytest.param("none", marks=pytest.mark.skip(reason="no C++ part"))])
+def isa(request, monkeypatch):
+    """Every instruction set that this build has and this processor runs."""
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that the backend hands to the kernels holds NaN, so that what they do not write shows."""
+    empty = torch.empty
+    monkeypatch.setattr(native.torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))

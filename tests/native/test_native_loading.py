@@ -1,0 +1,87 @@
+"""The compiled module: found, refused with a reason, sharing PyTorch's threads; never an error at import."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.problems import random_problem
+
+import moe3d
+from moe3d import _build
+from moe3d.ops import native
+
+HAS_NATIVE = _build.native().module is not None
+needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=_build.native().reason or "")
+
+
+@pytest.fixture
+def fresh():
+    """Forgets what was loaded, before and after."""
+    for cached in (_build.native, _build.record):
+        cached.cache_clear()
+    yield
+    for cached in (_build.native, _build.record):
+        cached.cache_clear()
+
+
+@needs_native
+def test_there_is_one_openmp_runtime_in_the_process():
+    random_problem().run(backend="cpu")
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    runtimes = {path for path in mapped if re.search(r"/lib(gomp|omp|iomp5)[-.\w]*\.so", path)}
+    assert len(runtimes) == 1
+    assert _build.native().module.has_thread_runtime()
+
+
+@needs_native
+def test_the_module_shows_no_symbol_but_its_own():
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm is not installed")
+    listing = subprocess.run(
+        [nm, "-D", "--defined-only", _build.native().module.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    functions = {line.split()[-1] for line in listing.splitlines() if line.split()[-2] in "TW"}
+    assert functions <= {"PyInit__native", "_init", "_fini"}
+
+
+def test_a_module_of_another_version_is_refused(monkeypatch, fresh):
+    if not HAS_NATIVE:
+        pytest.skip("no C++ part")
+    monkeypatch.setattr(_build, "__version__", "9.9.9")
+    assert "was built for moe3d" in moe3d.backends()["cpu"]
+    with pytest.raises(
+        RuntimeError, match="backend 'cpu' cannot run here because its C\\+\\+ part was built for moe3d"
+    ):
+        random_problem().run(backend="cpu")
+    assert random_problem().run().prediction.isfinite().all()  # "auto" goes on without it
+
+
+def test_a_module_that_cannot_be_loaded_tells_why(monkeypatch, fresh, tmp_path):
+    broken = tmp_path / "_native.so"
+    broken.write_bytes(b"not a shared object")
+    monkeypatch.setattr(_build, "_find", lambda pattern: broken if "native" in pattern else None)
+    assert re.search(r"could not be loaded: .*_native\.so", moe3d.backends()["cpu"])
+
+
+def test_a_build_that_failed_tells_its_reason(monkeypatch, fresh, tmp_path):
+    record = tmp_path / _build.RECORD
+    record.write_text('{"cpu": "its build failed: no compiler", "cuda": null}')
+    monkeypatch.setattr(_build, "_find", lambda pattern: record if pattern == _build.RECORD else None)
+    assert "no compiler" in moe3d.backends()["cpu"]
+
+
+@needs_native
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv(native.ISA_VARIABLE, "avx9000")
+    assert "avx9000" in moe3d.backends()["cpu"]
+
+
+def test_importing_the_package_does_not_load_the_module():
+    code = "import sys, moe3d; sys.exit(moe3d._build.native.cache_info().currsize)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
