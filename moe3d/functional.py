@@ -102,7 +102,7 @@ def moe_head(
         backend=backend,
         precision=precision,
     )
-    outputs = moe_head_op(*tensors, *vars(options).values(), backend)
+    outputs = moe_head_op(*tensors, *options, backend)
     return _present(MoEOutput(*outputs), options)
 
 

@@ -31,7 +31,7 @@ _COTANGENTS = (
     "Tensor? grad_hypotheses"
 )
 _NUM_TENSORS = len(HeadTensors._fields)
-_NUM_OPTIONS = len(HeadOptions.__dataclass_fields__)
+_NUM_OPTIONS = len(HeadOptions._fields)
 
 
 def _split(args: Sequence) -> tuple[HeadTensors, HeadOptions, Sequence]:

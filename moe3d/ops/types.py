@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,8 +34,7 @@ class HeadTensors(NamedTuple):
 PARAMETERS = HeadTensors._fields[1:9]  # the tensors that are the head's own
 
 
-@dataclass(frozen=True)
-class HeadOptions:
+class HeadOptions(NamedTuple):
     """Everything about a call that is not a tensor (see :func:`moe3d.functional.moe_head` for the meanings)."""
 
     height: int

@@ -84,6 +84,19 @@ def test_relu_keeps_nan(runner):
     assert output.hypotheses[:, :2].isfinite().all() and output.entropy.isfinite().all()
 
 
+def test_nan_does_not_hide_from_the_gradients(runner):
+    """Wherever plain PyTorch's gradient is NaN, so is ours: a diverged training must be seen."""
+    problem = random_problem(gate_logits=True, device=runner.device)
+    x = problem.tensors["x"].clone()
+    x[1, 2, 1, 1] = math.nan
+    ours, plain = problem.with_tensors(x=x).leaves(), problem.with_tensors(x=x).leaves()
+    ours.run(backend=runner.backend).prediction.sum().backward()
+    truth.evaluate(plain).prediction.sum().backward()
+    for name, leaf in ours.tensors.items():
+        expected = plain.tensors[name].grad.isnan()
+        assert expected.any() and leaf.grad[expected].isnan().all(), name
+
+
 @pytest.mark.parametrize("scale", [200.0, -200.0, 1e4])
 @pytest.mark.parametrize("mode", ["mean", "argmax", "switch"])
 def test_extreme_logits_have_finite_and_right_gradients(runner, mode, scale):

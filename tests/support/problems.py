@@ -116,4 +116,4 @@ def operator_arguments(problem: Problem, backend: str = "auto", precision: str =
         skip_below=0.0,
         precision=precision,
     )
-    return (*tensors, *vars(options).values(), backend)
+    return (*tensors, *options, backend)
