@@ -167,8 +167,9 @@ def _autocast(t: HeadTensors) -> HeadTensors:
     dtype = torch.get_autocast_dtype(device)
 
     def cast(value: Tensor | None) -> Tensor | None:
-        castable = value is not None and value.is_floating_point() and value.dtype != torch.float64
-        return value.to(dtype) if castable else value
+        if value is None or value.dtype == torch.float64 or not value.is_floating_point():
+            return value
+        return value.to(dtype)
 
     return t._replace(**{n: cast(getattr(t, n)) for n in ("x", *PARAMETERS)})
 

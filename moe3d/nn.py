@@ -193,7 +193,7 @@ class MoEHead(nn.Module):
     @torch.no_grad()
     def _reset_gate(self, generator: torch.Generator) -> None:
         """A random first layer under a last layer of zeros, so that the weights are exactly uniform."""
-        if self.gate_w1 is None:
+        if self.gate_w1 is None or self.gate_b1 is None or self.gate_w2 is None or self.gate_b2 is None:
             return
         bound = self.gate_w1[0].numel() ** -0.5
         _fill_uniform(self.gate_w1, bound, generator)
@@ -208,7 +208,7 @@ class MoEHead(nn.Module):
         """Every expert from the source block, with the noise of the seed; the gate back to uniform."""
         generator = _generator(self.seed)
         first, last = check_conv_block(self._source[0])
-        copies = (
+        copies: tuple[tuple[Tensor, Any], ...] = (
             (self.expert_w1, first.weight),
             (self.expert_b1, first.bias),
             (self.expert_w2, last.weight.flatten(1)),
@@ -281,7 +281,7 @@ class ImageGate(nn.Module):
 def check_conv_block(block: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
     """The two convolutions of a ``Conv3x3, ReLU, Conv1x1`` block; ValueError for any other structure."""
     expected = "Sequential(Conv2d(C, Hd, 3, padding=1), ReLU, Conv2d(Hd, O, 1)), both with bias"
-    layers = list(block) if isinstance(block, nn.Sequential) else []
+    layers: list[Any] = list(block) if isinstance(block, nn.Sequential) else []
     if [type(layer) for layer in layers] != [nn.Conv2d, nn.ReLU, nn.Conv2d]:
         found = ", ".join(type(layer).__name__ for layer in layers) or type(block).__name__
         raise ValueError(f"block must be {expected}, got {found}")

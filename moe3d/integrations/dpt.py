@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,19 @@ class PatchedDPTHead(nn.Module):
     :meth:`expect_extras` and :meth:`take_extras`, which the model's forward hooks call; ``extras`` holds it by caller.
     """
 
+    # What check_head has made sure of: the stock head's own attributes.
+    norm: Any
+    projects: Any
+    resize_layers: Any
+    scratch: Any
+    patch_size: int
+    pos_embed: bool
+    down_ratio: float
+    intermediate_layer_idx: Sequence[int]
+
+    stock_class: type[nn.Module]
+    extras: dict[int, dict[str, Tensor]]
+
     @property
     def tail(self) -> MoEHead:
         return self.scratch.output_conv2
@@ -45,7 +59,7 @@ class PatchedDPTHead(nn.Module):
         images: Tensor,
         patch_start_idx: int,
         frames_chunk_size: int | None = 8,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Token tensors [B, S, patch_start_idx + P, dim] of the backbone's layers and images [B, S, 3, H, W].
 
         ``frames_chunk_size`` frames at a time bound the memory; None = all at once.
@@ -58,7 +72,8 @@ class PatchedDPTHead(nn.Module):
             self._forward_frames(aggregated_tokens_list, images, patch_start_idx, slice(start, start + step))
             for start in range(0, frames, step)
         ]
-        output = MoEOutput(*(None if parts[0] is None else _join(parts) for parts in zip(*chunks, strict=True)))
+        joined: list[Any] = [None if parts[0] is None else _join(parts) for parts in zip(*chunks, strict=True)]
+        output = MoEOutput(*joined)
         if _caller() in self.extras:
             self.extras[_caller()] = _extras(output)
         return output.prediction.movedim(2, -1), output.confidence
@@ -83,11 +98,13 @@ class PatchedDPTHead(nn.Module):
             for i, layer in enumerate(self.intermediate_layer_idx)
         ]
         fused = self._fuse(levels)
-        size = tuple(int(n * self.patch_size / self.down_ratio) for n in grid)
+        rows, columns = (int(n * self.patch_size / self.down_ratio) for n in grid)
+        size = (rows, columns)
         pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
         image = images.flatten(0, 1) if self.tail.image_gate is not None else None
         output = self.tail(fused, size, pos=pos, image=image)
-        return MoEOutput(*(None if o is None else o.unflatten(0, (batch, -1)) for o in output))
+        unflattened: list[Any] = [None if o is None else o.unflatten(0, (batch, -1)) for o in output]
+        return MoEOutput(*unflattened)
 
     def _project(self, level: int, tokens: Tensor, grid: tuple[int, int], aspect: float) -> Tensor:
         """Patch tokens [B, S, P, dim] of one layer to a feature map of its own scale."""
@@ -112,19 +129,19 @@ def _caller() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
+def _join(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _extras(output: MoEOutput) -> dict[str, Tensor]:
     extras = {"entropy": output.entropy}
-    if output.weights is not None:
+    if output.weights is not None and output.hypotheses is not None:
         points = output.hypotheses.movedim(3, -1)  # [B, S, K, H, W, O-1], as VGGT's own predictions
         extras |= {"weights": output.weights, "hypotheses": points.squeeze(-1) if points.shape[-1] == 1 else points}
     return extras
 
 
-def check_head(name: str, head: nn.Module | None) -> None:
+def check_head(name: str, head: Any) -> None:
     """ValueError that says what was looked for and what was found, unless ``head`` has VGGT's DPT structure."""
     if head is None:
         raise ValueError(f"model.{name} must be a DPT head, got None: the model was built without it")
@@ -143,7 +160,7 @@ def check_head(name: str, head: nn.Module | None) -> None:
         raise ValueError(f"model.{name}.scratch.output_conv2: {error}") from None
 
 
-def patch_head(head: nn.Module, tail: MoEHead) -> None:
+def patch_head(head: Any, tail: MoEHead) -> None:
     """Swap the class of a checked stock head and put the tail in place of its output block."""
     head.stock_class = type(head)
     head.extras = {}
@@ -151,7 +168,7 @@ def patch_head(head: nn.Module, tail: MoEHead) -> None:
     head.__class__ = PatchedDPTHead
 
 
-def unpatch_head(head: PatchedDPTHead) -> None:
+def unpatch_head(head: Any) -> None:
     """Undo :func:`patch_head`: the stock class and block, as last loaded."""
     block = head.tail.source_block
     block.train(head.tail.training)

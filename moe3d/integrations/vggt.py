@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -104,7 +105,7 @@ def patched_heads(model: nn.Module) -> dict[str, PatchedDPTHead]:
     return {name: head for name, head in found.items() if isinstance(head, PatchedDPTHead)}
 
 
-def _tail(head: nn.Module, **options) -> MoEHead:
+def _tail(head: Any, **options: Any) -> MoEHead:
     return MoEHead.from_conv_block(
         head.scratch.output_conv2, activation=head.activation, conf_activation=head.conf_activation, **options
     )

@@ -7,7 +7,7 @@ decoding of MDA (arXiv 2606.02552). Shapes: ``z`` [B, K, O, H, W], ``logits`` [B
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class _Mixture(NamedTuple):
     log_weights: Tensor  #       [B, K, H, W]
     entropy: Tensor  #           [B, H, W]
     hypotheses: Tensor  #        [B, K, O-1, H, W]
-    confidences: Tensor | None  # [B, K, 1, H, W]
+    confidences: Any  #          [B, K, 1, H, W], or None without a confidence
     decode: Tensor  #            [B, K, 1, H, W], the weights of the decoded value: ``weights``, or one-hot where chosen
     chosen: Tensor | None  #     [B, 1, 1, H, W] bool, where one expert was chosen; None = nowhere
 
@@ -102,10 +102,8 @@ def mix(z: Tensor, logits: Tensor | None, options: HeadOptions) -> MoEOutput:
     )
 
 
-def mix_vjp(
-    z: Tensor, logits: Tensor | None, options: HeadOptions, cotangents: MoEOutput
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients to ``z`` and ``logits`` from the cotangents of the outputs (None where an output was not used)."""
+def mix_vjp(z: Tensor, logits: Tensor | None, options: HeadOptions, cotangents: MoEOutput) -> tuple[Tensor, Any]:
+    """Gradients to ``z`` and ``logits`` (None without a gate); a cotangent is None where its output was not used."""
     m = _evaluate(z, logits, options)
     channels = options.prediction_channels(z.shape[2])
     grad_z = torch.zeros_like(z)
@@ -115,7 +113,7 @@ def mix_vjp(
         grad = cotangents.prediction.unsqueeze(1)
         grad_d += m.decode * grad
         grad_decode += (m.hypotheses * grad).sum(2)
-    if cotangents.confidence is not None and m.confidences is not None:
+    if cotangents.confidence is not None and options.conf_activation is not None:
         grad = cotangents.confidence[:, None, None]
         grad_z[:, :, channels:] = _vjp(CONF_ACTIVATIONS[options.conf_activation], z[:, :, channels:], m.decode * grad)
         grad_decode += (m.confidences * grad).squeeze(2)

@@ -40,7 +40,8 @@ class ReferenceBackend(Backend):
         layers = _Layers.pack(tensors, compute_dtype(tensors.x.dtype, options.precision))
         with _convolution_arithmetic(tensors.x.device, options.precision):
             frames = [_frame_forward(tensors, layers, options, b) for b in range(tensors.x.shape[0])]
-        return MoEOutput(*(None if outputs[0] is None else torch.cat(outputs) for outputs in zip(*frames, strict=True)))
+        outputs: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*frames, strict=True)]
+        return MoEOutput(*outputs)
 
     def backward(
         self, tensors: HeadTensors, options: HeadOptions, cotangents: MoEOutput, needs: HeadTensors
@@ -89,8 +90,8 @@ def _convolution_arithmetic(device: torch.device, precision: str, deterministic:
 
 def _switches(device: torch.device, precision: str, deterministic: bool) -> list[tuple[Any, str, Any]]:
     """(owner, attribute, value) of every switch to turn."""
-    library = {"cuda": torch.backends.cudnn, "cpu": torch.backends.mkldnn}.get(device.type)
-    found = []
+    library: Any = {"cuda": torch.backends.cudnn, "cpu": torch.backends.mkldnn}.get(device.type)
+    found: list[tuple[Any, str, Any]] = []
     if deterministic and device.type == "cuda":
         found.append((library, "deterministic", True))
     if precision != "auto" and hasattr(library, "conv"):
@@ -107,8 +108,8 @@ class _Layers(NamedTuple):
     b1: Tensor  #           [N]
     expert_w2: Tensor  #    [K*O, Hd, 1, 1], one group an expert
     expert_b2: Tensor  #    [K*O]
-    gate_w2: Tensor | None  # [K, Hg, 1, 1]
-    gate_b2: Tensor | None  # [K]
+    gate_w2: Any  #         [K, Hg, 1, 1], or None without a gate
+    gate_b2: Any  #         [K]
     experts: int  #         K
     expert_width: int  #    K*Hd
 
@@ -200,8 +201,8 @@ def _frame_backward(
     features = _features(t, options, frame, dtype)
     hidden = _hidden(features, layers)
     z, logits = _second_layer(hidden, layers, t, frame)
-    here = MoEOutput(*(None if c is None else c[frame : frame + 1].to(z.dtype) for c in cotangents))
-    grad_z, grad_logits = mix_vjp(z, logits, options, here)
+    here: list[Any] = [None if c is None else c[frame : frame + 1].to(z.dtype) for c in cotangents]
+    grad_z, grad_logits = mix_vjp(z, logits, options, MoEOutput(*here))
 
     grad_z = grad_z.flatten(1, 2)
     if needs.expert_b2:

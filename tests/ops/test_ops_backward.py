@@ -97,32 +97,40 @@ def test_the_operator_returns_empty_tensors_for_what_is_not_needed(runner, name)
         assert gradient.numel() == (problem.tensors[name].numel() if field == name else 0)
 
 
+ALL_LAYERS = [f"{part}_{t}" for part in ("expert", "gate") for t in ("w1", "b1", "w2", "b2")]
+
+
 @pytest.mark.parametrize(
-    ("names", "weights", "inputs"),
+    ("names", "weights", "hidden", "inputs"),
     [
-        (["x"], 0, 1),
-        (["expert_b2"], 0, 0),
-        (["gate_logits"], 0, 0),
-        (["expert_w2"], 1, 0),
-        (["expert_w1"], 1, 0),
-        (["expert_w1", "expert_b1", "expert_w2", "expert_b2", "gate_w1", "gate_b1", "gate_w2", "gate_b2"], 3, 0),
-        (["x", "expert_w1", "expert_w2", "gate_w1", "gate_w2"], 3, 1),
+        (["x"], 0, 2, 1),
+        (["expert_b2"], 0, 0, 0),
+        (["gate_logits"], 0, 0, 0),
+        (["expert_w2", "gate_b2"], 1, 0, 0),
+        (["expert_w1"], 1, 2, 0),
+        (ALL_LAYERS, 3, 2, 0),
+        (["x", *ALL_LAYERS, "gate_logits"], 3, 2, 1),
     ],
     ids=lambda v: "+".join(v) if isinstance(v, list) else str(v),
 )
-def test_reference_computes_no_gradient_that_is_not_needed(monkeypatch, names, weights, inputs):
+def test_reference_computes_no_gradient_that_is_not_needed(monkeypatch, names, weights, hidden, inputs):
     """Counted at the expensive calls, per frame: a frozen backbone must not pay for the gradient to x."""
-    calls = {"conv2d_weight": 0, "conv2d_input": 0}
-    for function in calls:
-        real = getattr(reference, function)
+    calls = {}
+    for owner, function in (
+        (reference, "conv2d_weight"),
+        (reference.F, "conv_transpose2d"),
+        (reference, "conv2d_input"),
+    ):
+        calls[function] = 0
+        real = getattr(owner, function)
 
         def spy(*args, _function=function, _real=real, **kwargs):
             calls[_function] += 1
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(reference, function, spy)
+        monkeypatch.setattr(owner, function, spy)
     gradients(random_problem(batch=1, gate_logits=True), names=names, backend="reference")
-    assert calls == {"conv2d_weight": weights, "conv2d_input": inputs}
+    assert list(calls.values()) == [weights, hidden, inputs]
 
 
 @pytest.mark.parametrize("output", ["prediction", "confidence", "entropy", "weights", "hypotheses"])
