@@ -23,7 +23,7 @@ def cases(mode: str, device: str) -> list[tuple[Case, Effort]]:
         effort, size, precision = Effort(20, 3), (154, 518), "ieee"
     frames = [Case(f, *size, precision=precision, device=device) for f in FRAMES]
     experts = [Case(1, experts=k, precision=precision, device=device) for k in EXPERTS]
-    return [(case, effort) for case in frames + experts]
+    return [(case, effort) for case in dict.fromkeys(frames + experts)]
 
 
 def test_scaling(session, replay, case, effort, peer):

@@ -10,6 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+import moe3d
 from bench.gpu.stages import ROOT, STAGES, Stage, source_digest
 from bench.gpu.state import FAILED, PASSED, SKIPPED, State
 
@@ -57,19 +60,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def why_dry_run(asked: bool) -> str | None:
-    """Why nothing is run, or None. In a process of its own: this one must not hold a CUDA context."""
+    """Why nothing is run, or None."""
     if asked:
         return "a dry run was asked for"
-    probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
-    if subprocess.run([sys.executable, "-c", probe], stderr=subprocess.DEVNULL).returncode:
-        return "PyTorch finds no CUDA device here"
-    return None
+    return None if torch.cuda.is_available() else "PyTorch finds no CUDA device here"
 
 
 def plan(stages: dict[str, Stage], reason: str) -> str:
     """What each stage would do."""
-    import moe3d
-
     lines = [f"dry run, because {reason}; skipped:"]
     lines += [f"  {name} (at most {stage.limit_s / 60:.0f} min): {stage.about}" for name, stage in stages.items()]
     missing = {name: reason for name, reason in moe3d.backends().items() if reason}

@@ -14,6 +14,7 @@ import torch
 from moe3d.benchmark.case import Case, arithmetic
 from moe3d.benchmark.clock import time_call
 
+_PROBES = {"cpu": (256 << 20, 2048), "cuda": (4 << 30, 8192)}  # bytes to copy, size of the matrices
 FORMULATIONS = ("direct", "columns", "low-resolution")
 
 PAPER_GFLOPS_PERCENT = 4.97  # MoE3D (arXiv 2601.05208), over VGGT
@@ -89,6 +90,17 @@ def eager_bytes_by_expert(case: Case) -> int:
     """As :func:`eager_bytes`, but every expert and the gate read the upsampled features for themselves."""
     itemsize = 2 if case.precision == "bf16" else 4
     return eager_bytes(case) + itemsize * case.frames * case.pixels * case.channels * (case.experts - 1 + case.gated)
+
+
+def embedding_bytes(case: Case) -> int:
+    """What VGGT's embedding moves each time it is built, once per call, for any number of frames.
+
+    Per pixel and axis, on C/4 float64 phases: write them, read them twice for sine and cosine and write both, read and
+    write both to join them, read them and write float32. Then, on C float32: join the axes, and scale.
+    """
+    phases = 8 * case.channels // 4
+    axis = phases * (1 + 2 * 2 + 2 * 2 + 2 + 1)
+    return case.pixels * (2 * axis + 4 * 4 * case.channels)
 
 
 # VGGT's own numbers (arXiv 2503.11651 and its released configuration).
@@ -177,9 +189,8 @@ class Ceilings:
 
 def measure_ceilings(device: str, precisions: tuple[str, ...]) -> Ceilings:
     """A large copy, and a large matrix product on random data at each precision: the best of a few."""
-    cuda = torch.device(device).type == "cuda"
-    bandwidth = _copy_bandwidth(4 << 30 if cuda else 256 << 20, device)
-    n = 8192 if cuda else 2048
+    size, n = _PROBES[torch.device(device).type]
+    bandwidth = _copy_bandwidth(size, device)
     rates = {precision: 2 * n**3 / _product_time(n, precision, device) for precision in precisions}
     return Ceilings(bandwidth, rates)
 

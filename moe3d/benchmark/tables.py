@@ -43,8 +43,8 @@ def times(records: Sequence[Record]) -> str:
     case = Case(**records[0].case)
     columns: list[tuple[str, Callable[[Record], str]]] = [
         ("", lambda r: r.peer),
-        ("ms/frame", lambda r: _ms(r.ms_per_frame)),
-        ("p20..p80", lambda r: f"{_ms(r.p20_ms / case.frames)}..{_ms(r.p80_ms / case.frames)}"),
+        ("ms/frame", lambda r: milliseconds(r.ms_per_frame)),
+        ("p20..p80", lambda r: f"{milliseconds(r.p20_ms / case.frames)}..{milliseconds(r.p80_ms / case.frames)}"),
         ("x stock", lambda r: _ratio(r, STOCK)),
         ("x cached stock", lambda r: _ratio(r, STOCK_CACHED)),
         ("x eager", lambda r: _ratio(r, CONCATENATED)),
@@ -75,9 +75,9 @@ def latency(records: Sequence[Record]) -> str:
     case = Case(**records[0].case)
     columns = [
         ("", lambda r: r.peer),
-        ("first, cold ms", lambda r: _ms(r.first_call_ms["cold"])),
-        ("first, warm ms", lambda r: _ms(r.first_call_ms["warm"])),
-        ("second ms", lambda r: _ms(r.p50_ms)),
+        ("first, cold ms", lambda r: milliseconds(r.first_call_ms["cold"])),
+        ("first, warm ms", lambda r: milliseconds(r.first_call_ms["warm"])),
+        ("second ms", lambda r: milliseconds(r.p50_ms)),
     ]
     title = f"first call of the tail in a fresh process, {case.height}x{case.width}, {_frames(case.frames)}"
     return f"{title}; cold: empty compilation caches\n{_table(columns, records)}"
@@ -125,9 +125,9 @@ def machine(run: dict) -> str:
     return "\n".join(lines)
 
 
-def _ms(milliseconds: float) -> str:
-    """Three digits that count."""
-    return f"{milliseconds:.{max(0, 2 - math.floor(math.log10(milliseconds)))}f}"
+def milliseconds(value: float) -> str:
+    """As text, with three digits that count."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def _frames(count: int) -> str:
