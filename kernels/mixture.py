@@ -118,6 +118,6 @@ def mixture_vjp(z, logits, row, expert, grad_output, grad_weights, grad_hypothes
         inner = tl.sum(weights * grad_decode, axis=1, keep_dims=True)
         entropy = entropy_of(weights, log_weights, log_experts)[:, None]
         slope = times_log(weights, log_weights) + weights * entropy  # -dH/ds_k, finite where w_k underflows
-        grad_logits = (weights * (grad_decode - inner) - slope * grad_entropy[:, None]) / temperature
+        grad_logits = (weights * (grad_decode - inner) - slope * grad_entropy) / temperature
         grad = tl.where(row == OUTPUTS, grad_logits[:, None, :], grad)
     return tl.where(expert[None, :, :] < EXPERTS, grad, 0.0)

@@ -108,6 +108,15 @@ def pack(p: Parameters, precision: Precision, max_width: int, max_block_k: int, 
     )
 
 
+def pack_transposed(p: Parameters, packed: Packed, precision: Precision, max_block_k: int) -> Tensor:
+    """The 3x3 weights for the convolution's adjoint, [C, N/BK, 9, BK]: taps flipped, channels exchanged."""
+    w1 = p.expert_w1.flatten(0, 1) if p.gate_w1 is None else torch.cat([p.expert_w1.flatten(0, 1), p.gate_w1])
+    n = packed.b1.shape[0]
+    weight = _scatter(w1.float(), packed.position, n).flip(2, 3).transpose(0, 1)  # [C, N, 3, 3]
+    weight = torch.nn.functional.pad(weight.flatten(1), (0, 0, 0, packed.channels - weight.shape[0]))
+    return operand(walk_order(weight.unflatten(1, (n, 3, 3)), min(n & -n, max_block_k)), precision)
+
+
 def _second_layer(p: Parameters, experts_padded: int, outputs_padded: int) -> Tensor:
     """Both 1x1 layers as one matrix [K*Hd + Hg, OP*KP] float32: every expert feeds its own columns, the gate row O."""
     experts, outputs, hidden = p.expert_w2.shape

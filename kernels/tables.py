@@ -18,7 +18,7 @@ DEFAULTS = Path(__file__).with_name("tables.json")
 
 
 class Config(NamedTuple):
-    """One launch: a tile of pixels (or of channels), blocks of the product, warps and pipeline stages."""
+    """One launch: a tile of pixels, blocks of the product, warps and pipeline stages."""
 
     tile_height: int
     tile_width: int
@@ -26,6 +26,7 @@ class Config(NamedTuple):
     max_width: int  #  of a group of hidden channels
     num_warps: int
     num_stages: int
+    splits: int = 16  # of the sum over pixels in the gradient to the 3x3 weights
 
 
 def architecture(capability: tuple[int, int]) -> str:

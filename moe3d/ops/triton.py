@@ -45,7 +45,16 @@ class TritonBackend(Backend):
     def backward(
         self, tensors: HeadTensors, options: HeadOptions, cotangents: MoEOutput, needs: HeadTensors
     ) -> HeadTensors:
-        raise NotImplementedError
+        from moe3d.kernels import passes
+
+        with _current_device(tensors.x):
+            call = _call(tensors, options)
+            wanted = passes.Gradients(*needs[:10])
+            given = passes.Outputs(*(None if c is None else c.float().contiguous() for c in cotangents))
+            backward = passes.Backward(call, given, wanted, lambda kernel: _config(kernel, call))
+            for launch in backward.launches():
+                launch.run()
+            return HeadTensors(*backward.gradients(), None, None)
 
 
 def _call(t: HeadTensors, options: HeadOptions):
