@@ -119,7 +119,7 @@ class Backward:
 
     def __init__(self, call: Call, cotangents: Outputs, needs: Gradients, configs: Callable[[str], Config]):
         self.call, self.cotangents, self.needs, self.configs = call, cotangents, needs, configs
-        config = configs("forward")
+        config = configs("recompute")
         self.packed, self.transposed = _packed_for_backward(call, config, configs("feature_gradient"))
         height, width = call.size
         batch, channels, *source = call.x.shape
@@ -163,7 +163,7 @@ class Backward:
                 self.grad_source.zero_()
 
     def _band(self, x: Tensor, frame: int, own: range) -> Iterator[Launch]:
-        call, config, precision = self.call, self.configs("forward"), self.call.precision
+        call, config, precision = self.call, self.configs("recompute"), self.call.precision
         rows = range(own.start - BORDER, own.stop + BORDER)
         tiled = round_up(len(rows), config.tile_height)
         features = self.features[None, : tiled + 2 * BORDER]
