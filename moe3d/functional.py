@@ -12,7 +12,7 @@ from moe3d.ops import dispatch
 from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
 from moe3d.ops.mixture import MODES
 from moe3d.ops.schema import moe_head_op
-from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
+from moe3d.ops.types import PARAMETERS, HeadOptions, HeadTensors, MoEOutput
 
 PRECISIONS = ("auto", "ieee", "tf32", "bf16")
 
@@ -89,23 +89,65 @@ def moe_head(
     tensors = _autocast(tensors)
     _check_dtypes_and_devices(tensors)
     _check_shapes(tensors, height, width)
+    options = check_options(
+        (height, width),
+        expert_w2.shape[1],
+        temperature=temperature,
+        activation=activation,
+        conf_activation=conf_activation,
+        mode=mode,
+        gap=gap,
+        return_experts=return_experts,
+        skip_below=skip_below,
+        backend=backend,
+        precision=precision,
+    )
+    outputs = moe_head_op(*tensors, *vars(options).values(), backend)
+    return _present(MoEOutput(*outputs), options)
+
+
+def check_options(
+    size: tuple[int, int],
+    out_channels: int,
+    *,
+    temperature: float,
+    activation: str,
+    conf_activation: str | None,
+    mode: str,
+    gap: float,
+    return_experts: bool,
+    skip_below: float,
+    backend: str,
+    precision: str,
+) -> HeadOptions:
+    """What :func:`moe_head` was told beside its tensors, validated: ValueError or TypeError as there."""
+    _check_name("backend", backend, dispatch.NAMES)
+    if conf_activation is not None:
+        _check_name("conf_activation", conf_activation, CONF_ACTIVATIONS)
     options = HeadOptions(
-        height=height,
-        width=width,
-        temperature=_check_number("temperature", temperature, above_zero=True),
+        *size,
+        temperature=check_number("temperature", temperature, above_zero=True),
         activation=_check_name("activation", activation, ACTIVATIONS),
-        conf_activation=None
-        if conf_activation is None
-        else _check_name("conf_activation", conf_activation, CONF_ACTIVATIONS),
+        conf_activation=conf_activation,
         mode=_check_name("mode", mode, MODES),
-        gap=_check_number("gap", gap),
+        gap=check_number("gap", gap),
         return_experts=bool(return_experts),
-        skip_below=_check_number("skip_below", skip_below),
+        skip_below=check_number("skip_below", skip_below),
         precision=_check_name("precision", precision, PRECISIONS),
     )
-    _check_output_channels(expert_w2.shape[1], options)
-    outputs = moe_head_op(*tensors, *vars(options).values(), _check_name("backend", backend, dispatch.NAMES))
-    return _present(MoEOutput(*outputs), options)
+    _check_output_channels(out_channels, options)
+    return options
+
+
+def check_number(argument: str, value: float, above_zero: bool = False) -> float:
+    """``value`` as a float, if it is a finite number of at least (or above) 0; otherwise a TypeError or ValueError."""
+    kind = "a finite number above 0" if above_zero else "a finite number of at least 0"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument} must be {kind}, got {value!r}")
+    # Comparisons, which are false for NaN: torch.compile cannot trace math.isfinite of a float that varies.
+    if not (0 < value if above_zero else 0 <= value) or not value < math.inf:
+        raise ValueError(f"{argument} must be {kind}, got {value!r}")
+    return float(value)
 
 
 def _present(outputs: MoEOutput, options: HeadOptions) -> MoEOutput:
@@ -123,11 +165,12 @@ def _autocast(t: HeadTensors) -> HeadTensors:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return t
     dtype = torch.get_autocast_dtype(device)
-    names = [n for n in HeadTensors._fields if n not in ("gate_logits", "pos_x", "pos_y")]
-    values = {n: getattr(t, n) for n in names}
-    return t._replace(
-        **{n: v.to(dtype) for n, v in values.items() if v is not None and v.is_floating_point() and v.dtype != torch.float64}
-    )
+
+    def cast(value: Tensor | None) -> Tensor | None:
+        castable = value is not None and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if castable else value
+
+    return t._replace(**{n: cast(getattr(t, n)) for n in ("x", *PARAMETERS)})
 
 
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -145,8 +188,13 @@ def _check_size(size: tuple[int, int]) -> tuple[int, int]:
 def _check_pos_pair(pos: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
     if pos is None:
         return None, None
+    expected = "None or a pair of tensors ([W, C/2], [H, C/2])"
     if not isinstance(pos, (tuple, list)) or len(pos) != 2:
-        raise TypeError(f"pos must be None or a pair of tensors ([W, C/2], [H, C/2]), got {type(pos).__name__}")
+        raise TypeError(f"pos must be {expected}, got {type(pos).__name__}")
+    if not all(isinstance(table, Tensor) for table in pos):
+        raise TypeError(f"pos must be {expected}, got a pair of {' and '.join(type(table).__name__ for table in pos)}")
+    if any(table.requires_grad for table in pos):
+        raise ValueError("pos must not require a gradient: the position embedding is fixed, detach it")
     return pos[0], pos[1]
 
 
@@ -156,30 +204,29 @@ def _check_are_tensors(t: HeadTensors) -> None:
         if not isinstance(value, Tensor) and not (optional and value is None):
             kind = "a tensor or None" if optional else "a tensor"
             raise TypeError(f"{name} must be {kind}, got {type(value).__name__}")
-        if name.startswith("pos") and value is not None and value.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: the position embedding is fixed, detach it")
 
 
 def _check_not_forward_mode(t: HeadTensors) -> None:
     if torch.compiler.is_compiling():
         return
     if any(v is not None and torch.autograd.forward_ad.unpack_dual(v).tangent is not None for v in t):
-        raise RuntimeError("moe_head has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)")
+        raise RuntimeError("moe_head has no forward-mode derivative: use reverse mode (backward)")
 
 
 def _check_dtypes_and_devices(t: HeadTensors) -> None:
     if t.x.dtype not in _DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {_name(t.x.dtype)}")
-    parameters = [(n, getattr(t, n)) for n in HeadTensors._fields if n.startswith(("expert", "gate_w", "gate_b"))]
-    for name, value in zip(HeadTensors._fields, t, strict=True):
+    for field, value in zip(HeadTensors._fields, t, strict=True):
         if value is None:
             continue
+        name = {"pos_x": "pos[0]", "pos_y": "pos[1]"}.get(field, field)
         if value.device != t.x.device:
             raise ValueError(f"{name} is on {value.device}, expected x's device {t.x.device}")
         if value.dtype not in (torch.float32, t.x.dtype):
             expected = " or ".join(sorted({"float32", _name(t.x.dtype)}))
             raise TypeError(f"{name} must be {expected} beside x in {_name(t.x.dtype)}, got {_name(value.dtype)}")
-    for name, value in parameters:
+    for name in PARAMETERS:
+        value = getattr(t, name)
         if value is not None and value.dtype != t.expert_w1.dtype:
             raise TypeError(
                 f"{name} must have the dtype of the other parameters, {_name(t.expert_w1.dtype)} as expert_w1, "
@@ -208,7 +255,7 @@ def _check_shapes(t: HeadTensors, height: int, width: int) -> None:
     _check_gate(t, experts, channels)
     if t.gate_logits is not None:
         _check_shape("gate_logits", t.gate_logits, (batch, experts, height, width), "[B, K, H, W]")
-    if t.pos_x is not None or t.pos_y is not None:
+    if t.pos_x is not None:
         _check_pos(t, channels, height, width)
 
 
@@ -234,8 +281,6 @@ def _check_gate(t: HeadTensors, experts: int, channels: int) -> None:
 
 
 def _check_pos(t: HeadTensors, channels: int, height: int, width: int) -> None:
-    if t.pos_x is None or t.pos_y is None:
-        raise TypeError("pos must be None or a pair of tensors ([W, C/2], [H, C/2]), got a pair that holds None")
     if channels % 2:
         raise ValueError(f"pos needs an even number of channels in x, got C = {channels}")
     _check_shape("pos[0]", t.pos_x, (width, channels // 2), "[W, C/2]")
@@ -246,7 +291,7 @@ def _check_output_channels(outputs: int, options: HeadOptions) -> None:
     predicted = options.prediction_channels(outputs)
     if predicted < 1:
         raise ValueError(
-            f"expert_w2 must have an output channel for the prediction beside the confidence (O >= 2), got O = {outputs}"
+            f"expert_w2 must have O >= 2 output channels, the last one for the confidence, got O = {outputs}"
         )
     needed = ACTIVATIONS[options.activation].channels
     if needed is not None and predicted != needed:
@@ -270,15 +315,6 @@ def _check_name(argument: str, value: str, known) -> str:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
     return value
-
-
-def _check_number(argument: str, value: float, above_zero: bool = False) -> float:
-    kind = "a finite number above 0" if above_zero else "a finite number of at least 0"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument} must be {kind}, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
-        raise ValueError(f"{argument} must be {kind}, got {value!r}")
-    return float(value)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -78,14 +78,14 @@ def scale_intrinsics(intrinsics: Tensor, sx: float | Tensor, sy: float | Tensor)
 
 
 def invert_extrinsics(extrinsics: Tensor) -> Tensor:
-    """The inverse rigid motion: camera-to-world [..., 3, 4] of a world-to-camera [..., 3, 4], and the other way round."""
+    """The inverse rigid motion: camera-to-world [..., 3, 4] of world-to-camera [..., 3, 4], and the other way round."""
     _require_matrix("extrinsics", extrinsics, (3, 4))
     rotation = extrinsics[..., :3].mT
     return torch.cat([rotation, -rotation @ extrinsics[..., 3:]], dim=-1)
 
 
 def encode_pose(extrinsics: Tensor, intrinsics: Tensor, size: tuple[int, int]) -> Tensor:
-    """VGGT's pose encoding: [translation (3), quaternion xyzw (4), fov_h, fov_w], fov = 2 atan((side / 2) / f) in radians.
+    """VGGT's pose encoding: [translation (3), quaternion xyzw (4), fov_h, fov_w], fov = 2 atan(side / (2 f)), radians.
 
     Args:
         extrinsics: [..., 3, 4] world-to-camera.

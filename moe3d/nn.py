@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe3d.functional import moe_head
+from moe3d.functional import check_number, check_options, moe_head
 from moe3d.ops.types import MoEOutput
 
 DEFAULT_SKIP_BELOW = 1e-6  # in eval mode: costs no measurable accuracy (1e-3 would)
-
-_GATE_TENSORS = ("gate_w1", "gate_b1", "gate_w2", "gate_b2")
+_OPTIONS = ("temperature", "activation", "conf_activation", "mode", "gap", "return_experts", "backend", "precision")
 
 
 class MoEHead(nn.Module):
@@ -32,6 +31,9 @@ class MoEHead(nn.Module):
             never advances.
 
     The gate's last layer starts at zero: every weight is exactly 1/K and the entropy log K.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or out of range; the message names it.
     """
 
     def __init__(
@@ -55,14 +57,23 @@ class MoEHead(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        _check_count("num_experts", num_experts)
-        _check_count("gate_hidden", gate_hidden)
+        counts = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_experts": num_experts,
+            "expert_hidden": expert_hidden,
+            "gate_hidden": gate_hidden,
+        }
+        for name, value in counts.items():
+            _check_integer(name, value, at_least=1)
+        _check_integer("seed", seed, at_least=0)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.num_experts, self.expert_hidden, self.gate_hidden = num_experts, expert_hidden, gate_hidden
         self.activation, self.conf_activation = activation, conf_activation
         self.temperature, self.mode, self.gap = temperature, mode, gap
         self.return_experts, self.skip_below = return_experts, skip_below
         self.backend, self.precision, self.seed = backend, precision, seed
+        check_options((1, 1), out_channels, **self._options())
         self.init_noise = 0.0
         self._source: tuple[nn.Sequential, ...] = ()  # the block that from_conv_block copied, hidden in a tuple
 
@@ -107,20 +118,20 @@ class MoEHead(nn.Module):
             ValueError: a block of another structure, a negative or non-finite ``init_noise``.
         """
         first, last = check_conv_block(block)
-        if not 0 <= init_noise < float("inf"):
-            raise ValueError(f"init_noise must be a finite number of at least 0, got {init_noise!r}")
-        head = cls(
-            first.in_channels,
-            last.out_channels,
-            num_experts,
-            expert_hidden=first.out_channels,
-            gate_hidden=gate_hidden,
-            seed=seed,
-            **options,
-        )
-        head.init_noise = float(init_noise)
+        init_noise = check_number("init_noise", init_noise)
+        with first.weight.device:
+            head = cls(
+                first.in_channels,
+                last.out_channels,
+                num_experts,
+                expert_hidden=first.out_channels,
+                gate_hidden=gate_hidden,
+                seed=seed,
+                **options,
+            )
+        head.init_noise = init_noise
         head._source = (block,)
-        head.to(device=first.weight.device, dtype=first.weight.dtype).train(block.training)
+        head.to(dtype=first.weight.dtype).train(block.training)
         head._copy_source()
         return head
 
@@ -155,15 +166,7 @@ class MoEHead(nn.Module):
             gate_b2=self.gate_b2,
             gate_logits=gate_logits,
             pos=pos,
-            temperature=self.temperature,
-            activation=self.activation,
-            conf_activation=self.conf_activation,
-            mode=self.mode,
-            gap=self.gap,
-            return_experts=self.return_experts,
-            skip_below=self._effective_skip_below(),
-            backend=self.backend,
-            precision=self.precision,
+            **self._options(),
         )
 
     def extra_repr(self) -> str:
@@ -172,10 +175,12 @@ class MoEHead(nn.Module):
             f"expert_hidden={self.expert_hidden}, gate_hidden={self.gate_hidden}, mode={self.mode!r}"
         )
 
-    def _effective_skip_below(self) -> float:
-        if self.skip_below is not None:
-            return self.skip_below
-        return 0.0 if self.training or self.return_experts else DEFAULT_SKIP_BELOW
+    def _options(self) -> dict[str, Any]:
+        """The arguments of :func:`moe_head` that are no tensors, as the attributes have them now."""
+        skip_below = self.skip_below
+        if skip_below is None:
+            skip_below = 0.0 if self.training or self.return_experts else DEFAULT_SKIP_BELOW
+        return {name: getattr(self, name) for name in _OPTIONS} | {"skip_below": skip_below}
 
     @torch.no_grad()
     def _reset_experts(self, generator: torch.Generator) -> None:
@@ -211,12 +216,12 @@ class MoEHead(nn.Module):
         )
         noise = self.init_noise if self.num_experts > 1 else 0.0
         for parameter, source in copies:
-            if noise == 0.0:
+            if noise == 0.0 or source.is_meta:
                 parameter.copy_(source.expand_as(parameter))
                 continue
-            source = source.detach().to("cpu", torch.float32)
-            scale = noise * source.std(correction=0)
-            parameter.copy_(source + scale * torch.randn(parameter.shape, generator=generator))
+            source = source.to("cpu", torch.promote_types(source.dtype, torch.float32))
+            normal = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+            parameter.copy_(source + noise * source.std(correction=0) * normal)
         self._reset_gate(generator)
 
     def _apply(self, fn, recurse=True):
@@ -227,7 +232,7 @@ class MoEHead(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """Accepts the plain block's state dict as well: it goes into the source block, and from there to all experts."""
+        """Accepts the plain block's state dict, too: it goes into the source block, and from there to all experts."""
         if self._source and f"{prefix}0.weight" in state_dict:
             self._load_source(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
             state_dict.update({prefix + name: value for name, value in self.state_dict().items()})
@@ -281,21 +286,27 @@ def check_conv_block(block: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
         found = ", ".join(type(layer).__name__ for layer in layers) or type(block).__name__
         raise ValueError(f"block must be {expected}, got {found}")
     first, _, last = layers
-    plain = all(c.stride == (1, 1) and c.dilation == (1, 1) and c.groups == 1 and c.bias is not None for c in layers[::2])
-    if not plain or first.kernel_size != (3, 3) or first.padding != (1, 1) or last.kernel_size != (1, 1):
+    if not (_is_plain(first, kernel_size=3, padding=1) and _is_plain(last, kernel_size=1, padding=0)):
         raise ValueError(f"block must be {expected}, got {first} and {last}")
     return first, last
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def _is_plain(conv: nn.Conv2d, kernel_size: int, padding: int) -> bool:
+    plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    square = conv.kernel_size == (kernel_size, kernel_size) and conv.padding == (padding, padding)
+    return plain and square and conv.bias is not None
+
+
+def _check_integer(name: str, value: int, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
 
 
 def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def _fill_uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
     """Drawn on the CPU in float32 whatever the parameter's device and dtype, so that a seed means one thing."""
-    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    parameter.copy_(values.uniform_(-bound, bound, generator=generator))

@@ -1,4 +1,4 @@
-"""Datasets behind one seam: :func:`open_dataset` returns an object with ``.sequences`` and ``.load(sequence, frames)``."""
+"""Datasets behind one seam: :func:`open_dataset` gives ``.sequences`` and ``.load(sequence, frames)``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Motorcycle pair of Middlebury 2014: two photographs and dense metric ground truth for the left one.
 
-Source: D. Scharstein et al., "High-resolution stereo datasets with subpixel-accurate ground truth", GCPR 2014; the files
-are scikit-image's (``skimage.data.stereo_motorcycle``), the benchmark's averaged over 4x4 pixels to 500x741.
+Source: D. Scharstein et al., "High-resolution stereo datasets with subpixel-accurate ground truth", GCPR 2014. The
+files are scikit-image's (``skimage.data.stereo_motorcycle``), the benchmark's averaged over 4x4 pixels to 500x741.
 """
 
 from __future__ import annotations
@@ -73,7 +73,5 @@ def _read() -> tuple[torch.Tensor, torch.Tensor]:
 
 def _intrinsics() -> torch.Tensor:
     """[2, 3, 3] float64, of the left and the right camera."""
-    matrices = [
-        [[FOCAL, 0, cx], [0, FOCAL, cy], [0, 0, 1]] for cx, cy in (PRINCIPAL_POINT_LEFT, PRINCIPAL_POINT_RIGHT)
-    ]
+    matrices = [[[FOCAL, 0, cx], [0, FOCAL, cy], [0, 0, 1]] for cx, cy in (PRINCIPAL_POINT_LEFT, PRINCIPAL_POINT_RIGHT)]
     return scale_intrinsics(torch.tensor(matrices, dtype=torch.float64), 1 / REDUCTION, 1 / REDUCTION)

@@ -43,8 +43,8 @@ class Dataset(Protocol):
 def check_frames(sequences: dict[str, list[str]], sequence: str, frames: Sequence[str]) -> None:
     """Raise a ValueError that names the sequence or the first frame that does not exist."""
     if sequence not in sequences:
-        known = ", ".join(list(sequences)[:3])
-        raise ValueError(f"unknown sequence '{sequence}'; this dataset has {len(sequences)}: {known}, ...")
+        first = ", ".join(list(sequences)[:3])
+        raise ValueError(f"unknown sequence '{sequence}', expected one of {len(sequences)}, the first being {first}")
     if isinstance(frames, str) or not frames:
         raise ValueError(f"frames must be a non-empty list of frame names, got {frames!r}")
     missing = [name for name in frames if name not in sequences[sequence]]

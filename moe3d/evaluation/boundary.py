@@ -61,10 +61,10 @@ def si_boundary_f1(frame: Frame) -> BoundaryScore:
     pairs = [frame.compared[pixel] & frame.compared[neighbour] for pixel, neighbour in NEIGHBOURS]
     if not any(pair.any() for pair in pairs):
         return BoundaryScore(None, None, None)
-    predicted = [ratio[pair] for ratio, pair in zip(nearer_ratios(frame.prediction), pairs)]
-    true = [ratio[pair] for ratio, pair in zip(nearer_ratios(frame.truth), pairs)]
+    predicted = [ratio[pair] for ratio, pair in zip(nearer_ratios(frame.prediction), pairs, strict=True)]
+    true = [ratio[pair] for ratio, pair in zip(nearer_ratios(frame.truth), pairs, strict=True)]
     scores = [_four_way_score([p > t for p in predicted], [g > t for g in true]) for t in SI_THRESHOLDS]
-    return BoundaryScore(*(float(np.average(score, weights=SI_THRESHOLDS)) for score in zip(*scores)))
+    return BoundaryScore(*(float(np.average(score, weights=SI_THRESHOLDS)) for score in zip(*scores, strict=True)))
 
 
 def sobel_f1(frame: Frame, theta: float = 0.25) -> BoundaryScore:
@@ -88,7 +88,7 @@ def sobel_edge_maps(frame: Frame, theta: float = 0.25) -> tuple[np.ndarray, np.n
 
 
 def si_edge_maps(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """(predicted, true) scale-invariant edges at t = 1.25, four directions united, [N] bool over the compared pixels."""
+    """(predicted, true) scale-invariant edges at t = 1.25, four directions united, [N] bool over compared pixels."""
     mask = frame.compared
     return si_edges(frame.prediction, mask)[mask], si_edges(frame.truth, mask)[mask]
 
@@ -185,7 +185,7 @@ def _score(precision: float, recall: float) -> BoundaryScore:
 
 
 def _four_way_score(predicted: list[np.ndarray], true: list[np.ndarray]) -> BoundaryScore:
-    hits = np.array([np.count_nonzero(p & g) for p, g in zip(predicted, true)])
+    hits = np.array([np.count_nonzero(p & g) for p, g in zip(predicted, true, strict=True)])
     precision = hits / np.maximum([np.count_nonzero(p) for p in predicted], 1)
     recall = hits / np.maximum([np.count_nonzero(g) for g in true], 1)
     return _score(precision.mean(), recall.mean())

@@ -27,7 +27,7 @@ def nearer_ratios(depth: np.ndarray) -> list[np.ndarray]:
 def si_edges(depth: np.ndarray, mask: np.ndarray, threshold: float = 1.25) -> np.ndarray:
     """[H, W] bool: some neighbour is more than `threshold` times nearer, both pixels being in the mask."""
     edges = np.zeros(depth.shape, dtype=bool)
-    for (pixel, neighbour), ratio in zip(NEIGHBOURS, nearer_ratios(depth)):
+    for (pixel, neighbour), ratio in zip(NEIGHBOURS, nearer_ratios(depth), strict=True):
         edges[pixel] |= (ratio > threshold) & mask[pixel] & mask[neighbour]
     return edges
 

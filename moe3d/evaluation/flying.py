@@ -69,7 +69,7 @@ def aggregate_sweeps(sweeps: Sequence[list[dict]]) -> list[dict[str, float | int
     """`flying_sweep` of many images in one: total flying / total boundary pixels."""
     return [
         _entry(same[0]["eta"], same[0]["beta"], sum(e["flying"] for e in same), sum(e["boundary"] for e in same))
-        for same in zip(*sweeps)
+        for same in zip(*sweeps, strict=True)
     ]
 
 

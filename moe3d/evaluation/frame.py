@@ -65,7 +65,7 @@ class Frame:
 
 def resize_nearest(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h, w] to [H, W] = size: row i reads source row floor((i + 0.5) h / H), columns alike, in integer arithmetic."""
-    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, image.shape))
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, image.shape, strict=True))
     return image[rows[:, None], columns]
 
 
@@ -76,7 +76,7 @@ def resize_bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape == tuple(size):
         return image
-    zoom = [new / old for new, old in zip(size, image.shape)]
+    zoom = [new / old for new, old in zip(size, image.shape, strict=True)]
     return ndimage.zoom(image, zoom, order=1, mode="nearest", grid_mode=True)
 
 

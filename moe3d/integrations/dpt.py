@@ -6,6 +6,7 @@ survives ``copy.deepcopy`` and pickling, where a method bound to the instance wo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +16,14 @@ from moe3d.nn import MoEHead, check_conv_block
 from moe3d.ops.types import MoEOutput
 from moe3d.position import position_map, position_tables
 
-_SCRATCH = (*(f"layer{i}_rn" for i in range(1, 5)), *(f"refinenet{i}" for i in range(1, 5)), "output_conv1", "output_conv2")
-_ATTRIBUTES = ("norm", "projects", "resize_layers", "scratch", "patch_size", "activation", "conf_activation")
-_MORE_ATTRIBUTES = ("pos_embed", "feature_only", "down_ratio", "intermediate_layer_idx")
+_ATTRIBUTES = (
+    "norm", "projects", "resize_layers", "scratch", "patch_size", "activation", "conf_activation", "pos_embed",
+    "feature_only", "down_ratio", "intermediate_layer_idx",
+)  # fmt: skip
+_SCRATCH = (
+    "layer1_rn", "layer2_rn", "layer3_rn", "layer4_rn", "refinenet1", "refinenet2", "refinenet3", "refinenet4",
+    "output_conv1", "output_conv2",
+)  # fmt: skip
 
 
 class PatchedDPTHead(nn.Module):
@@ -25,8 +31,8 @@ class PatchedDPTHead(nn.Module):
 
     It is called as the stock head is, and returns the same pair (prediction [B, S, H, W, O-1], confidence
     [B, S, H, W]). What the tail gives beyond that (entropy [B, S, H, W]; with ``return_experts`` weights
-    [B, S, K, H, W] and hypotheses [B, S, K, H, W, O-1], [B, S, K, H, W] where O-1 = 1) is kept only while
-    ``collect_extras`` is on, for the model's forward hook to take with :meth:`take_extras`.
+    [B, S, K, H, W] and hypotheses [B, S, K, H, W, O-1], [B, S, K, H, W] where O-1 = 1) is kept only between
+    :meth:`expect_extras` and :meth:`take_extras`, which the model's forward hooks call; ``extras`` holds it by caller.
     """
 
     @property
@@ -53,14 +59,17 @@ class PatchedDPTHead(nn.Module):
             for start in range(0, frames, step)
         ]
         output = MoEOutput(*(None if parts[0] is None else _join(parts) for parts in zip(*chunks, strict=True)))
-        if self.collect_extras:
-            self.extras = _extras(output)
+        if _caller() in self.extras:
+            self.extras[_caller()] = _extras(output)
         return output.prediction.movedim(2, -1), output.confidence
 
+    def expect_extras(self) -> None:
+        """Keep what the caller's next forward gives beyond the pair."""
+        self.extras[_caller()] = {}
+
     def take_extras(self) -> dict[str, Tensor]:
-        """What the last forward gave beyond the pair; the head then forgets it."""
-        extras, self.extras = self.extras, {}
-        return extras
+        """What the caller's forward gave beyond the pair since :meth:`expect_extras`; the head then forgets it."""
+        return self.extras.pop(_caller(), {})
 
     def _forward_frames(
         self, tokens: Sequence[Tensor], images: Tensor, patch_start_idx: int, frames: slice
@@ -69,8 +78,10 @@ class PatchedDPTHead(nn.Module):
         images = images[:, frames]
         batch, _, _, height, width = images.shape
         grid = (height // self.patch_size, width // self.patch_size)
-        levels = [self._project(i, tokens[layer][:, frames, patch_start_idx:], grid, width / height)
-                  for i, layer in enumerate(self.intermediate_layer_idx)]
+        levels = [
+            self._project(i, tokens[layer][:, frames, patch_start_idx:], grid, width / height)
+            for i, layer in enumerate(self.intermediate_layer_idx)
+        ]
         fused = self._fuse(levels)
         size = tuple(int(n * self.patch_size / self.down_ratio) for n in grid)
         pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
@@ -89,13 +100,16 @@ class PatchedDPTHead(nn.Module):
     def _fuse(self, levels: list[Tensor]) -> Tensor:
         """The refinement pyramid, coarsest first, up to ``output_conv1``: 8/14 of the image's resolution."""
         s = self.scratch
-        first, second, third, fourth = (
-            getattr(s, f"layer{i}_rn")(level) for i, level in enumerate(levels, start=1)
-        )
+        first, second, third, fourth = (getattr(s, f"layer{i}_rn")(level) for i, level in enumerate(levels, start=1))
         x = s.refinenet4(fourth, size=third.shape[2:])
         x = s.refinenet3(x, third, size=second.shape[2:])
         x = s.refinenet2(x, second, size=first.shape[2:])
         return s.output_conv1(s.refinenet1(x, first))
+
+
+def _caller() -> int:
+    """Threads that share a model must not take each other's extras. (A compiled graph has one caller, and no ids.)"""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
@@ -114,7 +128,7 @@ def check_head(name: str, head: nn.Module | None) -> None:
     """ValueError that says what was looked for and what was found, unless ``head`` has VGGT's DPT structure."""
     if head is None:
         raise ValueError(f"model.{name} must be a DPT head, got None: the model was built without it")
-    missing = [a for a in (*_ATTRIBUTES, *_MORE_ATTRIBUTES) if not hasattr(head, a)]
+    missing = [a for a in _ATTRIBUTES if not hasattr(head, a)]
     missing += [f"scratch.{a}" for a in _SCRATCH if not hasattr(getattr(head, "scratch", None), a)]
     if missing:
         raise ValueError(
@@ -132,7 +146,6 @@ def check_head(name: str, head: nn.Module | None) -> None:
 def patch_head(head: nn.Module, tail: MoEHead) -> None:
     """Swap the class of a checked stock head and put the tail in place of its output block."""
     head.stock_class = type(head)
-    head.collect_extras = False
     head.extras = {}
     head.scratch.output_conv2 = tail
     head.__class__ = PatchedDPTHead
@@ -141,7 +154,7 @@ def patch_head(head: nn.Module, tail: MoEHead) -> None:
 def unpatch_head(head: PatchedDPTHead) -> None:
     """Undo :func:`patch_head`: the stock class and block, as last loaded."""
     block = head.tail.source_block
-    block.train(head.training)
+    block.train(head.tail.training)
     head.scratch.output_conv2 = block
     head.__class__ = head.stock_class
-    del head.stock_class, head.collect_extras, head.extras
+    del head.stock_class, head.extras

@@ -19,7 +19,7 @@ _CONFIG = (  # patch_vggt's arguments that belong to a trained head, rather than
 
 
 def save_head(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model's patched heads (experts, gates and configuration, not the rest of the model) to a safetensors file.
+    """Write a model's patched heads (experts, gates, configuration; not the rest of the model) as safetensors.
 
     The file is written under a temporary name and renamed when whole.
 
@@ -27,7 +27,7 @@ def save_head(model: nn.Module, path: str | os.PathLike) -> None:
         ValueError: the model is not patched.
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     heads = patched_heads(model)
     if not heads:
@@ -42,7 +42,7 @@ def save_head(model: nn.Module, path: str | os.PathLike) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(save(tensors, metadata=metadata))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -50,6 +50,8 @@ def save_head(model: nn.Module, path: str | os.PathLike) -> None:
 
 def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Load heads that :func:`save_head` wrote; an unpatched model is patched with the file's configuration.
+
+    A patched model keeps its own ``mode``, ``gap``, ``init_noise`` and ``seed``; the rest must be the file's.
 
     Returns:
         The same model.
@@ -65,9 +67,9 @@ def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         _check_same_configuration(path, config, patched)
         _load(path, patched, tensors)
         return model
-    _check_uniform(path, config)
-    patch_vggt(model, heads=tuple(config), **next(iter(config.values())))
+    _check_sizes(path, config, tensors)
     try:
+        _patch(model, path, config)
         _load(path, patched_heads(model), tensors)
     except BaseException:
         unpatch_vggt(model)
@@ -96,7 +98,8 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         raise ValueError(f"{path} must be a head file of moe3d ({FORMAT} {FORMAT_VERSION}), got {found}")
     try:
         config = json.loads(metadata["heads"])
-        valid = bool(config) and set(config) <= set(HEADS) and all(set(c) == {*_CONFIG, "image_gate"} for c in config.values())
+        valid = bool(config) and config.keys() <= set(HEADS)
+        valid = valid and all(options.keys() == {*_CONFIG, "image_gate"} for options in config.values())
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
         valid = False
     if not valid:
@@ -104,20 +107,34 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
     return config, tensors
 
 
+def _check_sizes(path, config: dict[str, dict], tensors: dict[str, Tensor]) -> None:
+    """The configuration is believed only as far as the tensors bear it out, before anything of its size is made."""
+    for name, options in config.items():
+        sizes = {"num_experts": "expert_w1"} | ({"gate_hidden": "gate_w1"} if options["num_experts"] != 1 else {})
+        for option, key in sizes.items():
+            tensor = tensors.get(f"{name}.{key}")
+            if tensor is None or tensor.shape[:1] != (options[option],):
+                raise ValueError(f"{path} holds no {name}.{key} for its configuration, {option}={options[option]!r}")
+
+
+def _patch(model: nn.Module, path, config: dict[str, dict]) -> None:
+    try:
+        for name, options in config.items():
+            patch_vggt(model, heads=(name,), **options)
+    except TypeError as error:
+        raise ValueError(f"{path} holds no valid head configuration in its metadata ({error})") from None
+
+
 def _check_same_configuration(path, config: dict, patched: dict) -> None:
-    here = {name: _shape_of(_config(head.tail)) for name, head in patched.items()}
-    there = {name: _shape_of(c) for name, c in config.items()}
+    here = {name: _structure(_config(head.tail)) for name, head in patched.items()}
+    there = {name: _structure(options) for name, options in config.items()}
     if here != there:
-        raise ValueError(f"{path} holds heads {there}, but the model is patched with {here}: call unpatch_vggt(model) first")
+        raise ValueError(f"{path} holds heads {there}, but the model has {here}: call unpatch_vggt(model) first")
 
 
-def _shape_of(config: dict) -> dict:
-    return {key: config[key] for key in ("num_experts", "gate_hidden", "image_gate")}
-
-
-def _check_uniform(path, config: dict) -> None:
-    if any(c != next(iter(config.values())) for c in config.values()):
-        raise ValueError(f"{path} holds heads of different configurations: patch the model first, then load it")
+def _structure(config: dict) -> dict:
+    """What the weights were trained for; the rest may differ between a file and the model it is loaded into."""
+    return {key: config[key] for key in ("num_experts", "gate_hidden", "image_gate", "temperature")}
 
 
 def _load(path, heads: dict, tensors: dict[str, Tensor]) -> None:
@@ -127,9 +144,8 @@ def _load(path, heads: dict, tensors: dict[str, Tensor]) -> None:
     if different:
         raise ValueError(f"{path} does not fit the model: {different[0]} is in only one of them")
     for key, value in wanted.items():
-        if value.shape != tensors[key].shape:
-            raise ValueError(
-                f"{path} does not fit the model: {key} has shape {list(tensors[key].shape)}, expected {list(value.shape)}"
-            )
+        found = list(tensors[key].shape)
+        if found != list(value.shape):
+            raise ValueError(f"{path} does not fit the model: {key} has shape {found}, expected {list(value.shape)}")
     for name, head in heads.items():
-        head.tail.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+        head.tail.load_state_dict({key: tensors[f"{name}.{key}"] for key in head.tail.state_dict()})

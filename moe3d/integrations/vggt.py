@@ -55,10 +55,17 @@ def patch_vggt(
     """
     names = _check_heads(heads)
     for name in names:
-        head = getattr(model, name, None)
+        if not hasattr(model, name):
+            raise ValueError(f"model must have a {name} like VGGT's, got {type(model).__name__} without one")
+        head = getattr(model, name)
         if isinstance(head, PatchedDPTHead):
             raise ValueError(f"model.{name} is already patched: call unpatch_vggt(model) first")
         check_head(name, head)
+        if image_gate and head.down_ratio != 1:
+            raise ValueError(
+                f"image_gate needs predictions at the image's own resolution, but model.{name} has "
+                f"down_ratio={head.down_ratio}"
+            )
     tails = {
         name: _tail(
             getattr(model, name),
@@ -104,21 +111,21 @@ def _tail(head: nn.Module, **options) -> MoEHead:
 
 
 def _check_heads(heads: Sequence[str]) -> list[str]:
-    names = [heads] if isinstance(heads, str) else list(heads)
-    if not names or len(set(names)) != len(names) or not set(names) <= set(HEADS):
+    names = [heads] if isinstance(heads, str) else heads
+    valid = isinstance(names, Sequence) and all(name in HEADS for name in names)
+    if not valid or not 0 < len(names) == len(set(names)):
         raise ValueError(f"heads must name one or both of {', '.join(HEADS)}, got {heads!r}")
     return [f"{name}_head" for name in names]
 
 
-def _start_collecting(model: nn.Module, args) -> None:
+def _expect_extras(model: nn.Module, args) -> None:
     for head in patched_heads(model).values():
-        head.collect_extras = True
+        head.expect_extras()
 
 
 def _add_extras(model: nn.Module, args, predictions):
     """The patched heads' extras into the model's dictionary; a model that returns something else keeps it as it is."""
     for name, head in patched_heads(model).items():
-        head.collect_extras = False
         extras = head.take_extras()
         if isinstance(predictions, dict):
             predictions.update({f"{name}_{key}": value for key, value in extras.items()})
@@ -126,13 +133,15 @@ def _add_extras(model: nn.Module, args, predictions):
 
 
 def _install_hooks(model: nn.Module) -> None:
-    model.register_forward_pre_hook(_start_collecting)
+    if _expect_extras in model._forward_pre_hooks.values():
+        return  # another head was patched before
+    model.register_forward_pre_hook(_expect_extras)
     model.register_forward_hook(_add_extras, always_call=True)
 
 
 def _remove_hooks(model: nn.Module) -> None:
     """By identity, not by handle: a handle would have to live on the model, and be copied and pickled with it."""
-    for hooks, ours in ((model._forward_pre_hooks, _start_collecting), (model._forward_hooks, _add_extras)):
+    for hooks, ours in ((model._forward_pre_hooks, _expect_extras), (model._forward_hooks, _add_extras)):
         for key in [key for key, hook in hooks.items() if hook is ours]:
             del hooks[key]
             model._forward_hooks_always_called.pop(key, None)

@@ -1,6 +1,7 @@
 """The registry of backends, and the choice of one.
 
-To add a backend: subclass :class:`~moe3d.ops.backend.Backend` in a module of this folder and register an instance in ``_REGISTRY``.
+To add a backend: subclass :class:`~moe3d.ops.backend.Backend` in a module of this folder and register an instance in
+``_REGISTRY``.
 """
 
 from __future__ import annotations
@@ -44,14 +45,13 @@ def backends() -> dict[str, str | None]:
 def select(name: str, tensors: HeadTensors, options: HeadOptions) -> Backend:
     """The backend that serves this call; "auto" takes the fastest that can.
 
-    Raises RuntimeError where an explicitly chosen backend cannot run, with the reason.
+    Raises RuntimeError with the reason where an explicitly chosen backend cannot run, or none can.
     """
-    if name != AUTO:
-        reason = _why_not(_REGISTRY[name], tensors, options)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} cannot run here because {reason}")
-        return _REGISTRY[name]
-    return next(b for b in _REGISTRY.values() if _why_not(b, tensors, options) is None)
+    for candidate in _REGISTRY if name == AUTO else (name,):
+        reason = _why_not(_REGISTRY[candidate], tensors, options)
+        if reason is None:
+            return _REGISTRY[candidate]
+    raise RuntimeError(f"backend {candidate!r} cannot run here because {reason}")
 
 
 def _why_not(backend: Backend, tensors: HeadTensors, options: HeadOptions) -> str | None:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
+from moe3d.ops.activations import ACTIVATIONS, CHANNELS, CONF_ACTIVATIONS, Activation
 from moe3d.ops.types import HeadOptions, MoEOutput
 
 MODES = ("mean", "argmax", "switch")
 SWITCH_MIN_WEIGHT = 0.01  # experts at or below it have no say in whether the hypotheses disagree
 
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
+_LARGEST_GAP = math.log(torch.finfo(torch.float32).max)  # a larger one would overflow, and means the same
 
 
 class _Mixture(NamedTuple):
@@ -78,7 +79,7 @@ def _where_to_choose(weights: Tensor, hypotheses: Tensor, options: HeadOptions) 
     heard = (weights > SWITCH_MIN_WEIGHT).unsqueeze(2)
     largest = torch.where(heard, hypotheses, -torch.inf).amax(1, keepdim=True)
     smallest = torch.where(heard, hypotheses, torch.inf).amin(1, keepdim=True)
-    return (largest > math.exp(options.gap) * smallest).any(2, keepdim=True)  # in any channel
+    return (largest > math.exp(min(options.gap, _LARGEST_GAP)) * smallest).any(2, keepdim=True)  # in any channel
 
 
 def _decoded(mixture: _Mixture, values: Tensor) -> Tensor:
@@ -116,11 +117,11 @@ def mix_vjp(
         grad_decode += (m.hypotheses * grad).sum(2)
     if cotangents.confidence is not None and m.confidences is not None:
         grad = cotangents.confidence[:, None, None]
-        grad_z[:, :, channels:] = CONF_ACTIVATIONS[options.conf_activation].vjp(z[:, :, channels:], m.decode * grad)
+        grad_z[:, :, channels:] = _vjp(CONF_ACTIVATIONS[options.conf_activation], z[:, :, channels:], m.decode * grad)
         grad_decode += (m.confidences * grad).squeeze(2)
     if cotangents.hypotheses is not None:
         grad_d += cotangents.hypotheses
-    grad_z[:, :, :channels] = ACTIVATIONS[options.activation].vjp(z[:, :, :channels], grad_d)
+    grad_z[:, :, :channels] = _vjp(ACTIVATIONS[options.activation], z[:, :, :channels], grad_d)
     if logits is None:
         return grad_z, None
     if m.chosen is not None:  # the choice has no slope: there the gate learns from entropy and weights alone
@@ -128,6 +129,11 @@ def mix_vjp(
     if cotangents.weights is not None:
         grad_decode += cotangents.weights
     return grad_z, _softmax_vjp(m, grad_decode, cotangents.entropy) / max(options.temperature, _FLOAT32_TINY)
+
+
+def _vjp(activation: Activation, y: Tensor, grad: Tensor) -> Tensor:
+    """No gradient in, none out: an expert that overflows where another one was chosen must not turn 0 into NaN."""
+    return torch.where((grad == 0).all(CHANNELS, keepdim=True), 0, activation.vjp(y, grad))
 
 
 def _softmax_vjp(m: _Mixture, grad_w: Tensor, grad_entropy: Tensor | None) -> Tensor:

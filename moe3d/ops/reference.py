@@ -3,21 +3,26 @@
 It works frame by frame, so its buffers do not grow with the batch: at 518x518 with N = K*Hd + Hg = 256 and C = 128 in
 float32 about 140 MB for the upsampled features and 275 MB for the hidden activations. Its derivative is written out
 (a backend runs below autograd) and deterministic: sums over frames run in order, and the adjoint of the interpolation
-is a matrix product, where PyTorch's own uses atomics on CUDA.
+gathers, where PyTorch's own scatters with atomics on CUDA.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from moe3d.ops.backend import Backend
 from moe3d.ops.mixture import mix, mix_vjp
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
+from moe3d.position import position_map
 
 
 class ReferenceBackend(Backend):
@@ -33,7 +38,7 @@ class ReferenceBackend(Backend):
 
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
         layers = _Layers.pack(tensors, compute_dtype(tensors.x.dtype, options.precision))
-        with _convolution_arithmetic(options.precision):
+        with _convolution_arithmetic(tensors.x.device, options.precision):
             frames = [_frame_forward(tensors, layers, options, b) for b in range(tensors.x.shape[0])]
         return MoEOutput(*(None if outputs[0] is None else torch.cat(outputs) for outputs in zip(*frames, strict=True)))
 
@@ -42,7 +47,7 @@ class ReferenceBackend(Backend):
     ) -> HeadTensors:
         layers = _Layers.pack(tensors, compute_dtype(tensors.x.dtype, options.precision))
         total = _Sums(tensors)
-        with _convolution_arithmetic(options.precision, deterministic=True):
+        with _convolution_arithmetic(tensors.x.device, options.precision, deterministic=True):
             for b in range(tensors.x.shape[0]):
                 _frame_backward(tensors, layers, options, cotangents, needs, b, total)
         return total.gradients(needs)
@@ -62,17 +67,37 @@ def output_dtype(x: torch.dtype) -> torch.dtype:
     return x if x == torch.float64 else torch.float32
 
 
+_SWITCHES_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
-def _convolution_arithmetic(precision: str, deterministic: bool = False):
-    """cuDNN's settings for explicit precisions; "auto" leaves the user's as they are. The CPU has one arithmetic."""
-    cudnn = torch.backends.cudnn
-    with contextlib.ExitStack() as stack:
-        if precision != "auto":
-            stack.enter_context(cudnn.flags(enabled=True, benchmark=False, allow_tf32=precision == "tf32"))
-        before = cudnn.deterministic
-        stack.callback(setattr, cudnn, "deterministic", before)
-        cudnn.deterministic = deterministic or before
+def _convolution_arithmetic(device: torch.device, precision: str, deterministic: bool = False) -> Iterator[None]:
+    """PyTorch's switches for the arithmetic of convolutions, which are global: one thread at a time may turn them.
+
+    "auto" leaves the user's choice of precision as it is.
+    """
+    switches = _switches(device, precision, deterministic)
+    if not switches:
         yield
+        return
+    with _SWITCHES_LOCK, contextlib.ExitStack() as stack:
+        for owner, name, value in switches:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+def _switches(device: torch.device, precision: str, deterministic: bool) -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, value) of every switch to turn."""
+    library = {"cuda": torch.backends.cudnn, "cpu": torch.backends.mkldnn}.get(device.type)
+    found = []
+    if deterministic and device.type == "cuda":
+        found.append((library, "deterministic", True))
+    if precision != "auto" and hasattr(library, "conv"):
+        found.append((library.conv, "fp32_precision", "tf32" if precision == "tf32" else "ieee"))
+    elif precision != "auto" and device.type == "cuda":  # before PyTorch 2.9
+        found.append((library, "allow_tf32", precision == "tf32"))
+    return found
 
 
 class _Layers(NamedTuple):
@@ -110,13 +135,7 @@ def _features(t: HeadTensors, options: HeadOptions, frame: int, dtype: torch.dty
     size = (options.height, options.width)
     if x.shape[-2:] != size:
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-    return x if t.pos_x is None else x + _position_map(t.pos_x, t.pos_y).to(dtype)
-
-
-def _position_map(pos_x: Tensor, pos_y: Tensor) -> Tensor:
-    """[C, H, W] from the separable tables: the first half of the channels by column, the second by row."""
-    size = (pos_x.shape[1], pos_y.shape[0], pos_x.shape[0])
-    return torch.cat([pos_x.T[:, None, :].expand(size), pos_y.T[:, :, None].expand(size)])
+    return x if t.pos_x is None else x + position_map(t.pos_x, t.pos_y).to(dtype)
 
 
 def _second_layer(hidden: Tensor, layers: _Layers, t: HeadTensors, frame: int) -> tuple[Tensor, Tensor | None]:
@@ -160,12 +179,12 @@ class _Sums:
 
     def gradients(self, needs: HeadTensors) -> HeadTensors:
         found = {**self.sums, **{name: torch.cat(frames) for name, frames in self.frames.items()}}
-        return HeadTensors(*(self._one(name, found) if getattr(needs, name) else None for name in HeadTensors._fields))
-
-    def _one(self, name: str, found: dict[str, Tensor]) -> Tensor:
-        like = getattr(self.tensors, name)
-        grad = found.get(name)
-        return torch.zeros_like(like) if grad is None else grad.reshape(like.shape).to(like.dtype)
+        return HeadTensors(
+            *(
+                found[name].reshape(like.shape).to(like.dtype) if needed else None
+                for name, like, needed in zip(HeadTensors._fields, self.tensors, needs, strict=True)
+            )
+        )
 
 
 def _frame_backward(
@@ -184,41 +203,36 @@ def _frame_backward(
     here = MoEOutput(*(None if c is None else c[frame : frame + 1].to(z.dtype) for c in cotangents))
     grad_z, grad_logits = mix_vjp(z, logits, options, here)
 
-    grad_hidden = torch.empty_like(hidden)
-    grad_z = grad_z.flatten(1, 2).to(dtype)
-    by_expert, expert_hidden = grad_z.unflatten(1, (layers.experts, -1)), hidden[:, : layers.expert_width]
-    if needs.expert_w2:
-        expert_hidden = expert_hidden.unflatten(1, (layers.experts, -1))
-        total.add("expert_w2", torch.einsum("bkohw,bkdhw->kod", by_expert, expert_hidden))
+    grad_z = grad_z.flatten(1, 2)
     if needs.expert_b2:
-        total.add("expert_b2", by_expert.to(total.wide).sum((0, 3, 4)))
-    grad_hidden[:, : layers.expert_width] = F.conv_transpose2d(grad_z, layers.expert_w2, groups=layers.experts)
-    if grad_logits is not None:
-        _gate_backward(grad_logits, hidden, grad_hidden, layers, needs, total)
+        total.add("expert_b2", grad_z.sum((0, 2, 3)))
+    if needs.gate_b2:
+        total.add("gate_b2", grad_logits.sum((0, 2, 3)))
+    if needs.gate_logits:
+        total.append("gate_logits", grad_logits)
 
+    of_experts, of_gate = hidden.tensor_split([layers.expert_width], 1)
+    grad_z = grad_z.to(dtype)
+    if needs.expert_w2:
+        total.add("expert_w2", conv2d_weight(of_experts, layers.expert_w2.shape, grad_z, groups=layers.experts))
+    if needs.gate_w2:
+        total.add("gate_w2", conv2d_weight(of_gate, layers.gate_w2.shape, grad_logits.to(dtype)))
+    if not any((needs.x, needs.expert_w1, needs.expert_b1, needs.gate_w1, needs.gate_b1)):
+        return
+
+    grad_hidden = F.conv_transpose2d(grad_z, layers.expert_w2, groups=layers.experts)
+    if grad_logits is not None:
+        grad_hidden = torch.cat([grad_hidden, F.conv_transpose2d(grad_logits.to(dtype), layers.gate_w2)], 1)
     grad_hidden = torch.where(hidden <= 0, 0, grad_hidden)  # NaN passes, as through relu
     if needs.expert_w1 or needs.gate_w1:
-        grad_w1 = torch.nn.grad.conv2d_weight(features, layers.w1.shape, grad_hidden, padding=1)
+        grad_w1 = conv2d_weight(features, layers.w1.shape, grad_hidden, padding=1)
         _add_split(total, "expert_w1", "gate_w1", grad_w1, layers.expert_width, needs)
     if needs.expert_b1 or needs.gate_b1:
         grad_b1 = grad_hidden.to(total.wide).sum((0, 2, 3))
         _add_split(total, "expert_b1", "gate_b1", grad_b1, layers.expert_width, needs)
     if needs.x:
-        grad_features = torch.nn.grad.conv2d_input(features.shape, layers.w1, grad_hidden, padding=1)
+        grad_features = conv2d_input(features.shape, layers.w1, grad_hidden, padding=1)
         total.append("x", _upsample_vjp(grad_features.to(total.wide), t.x.shape[-2:]))
-
-
-def _gate_backward(
-    grad_logits: Tensor, hidden: Tensor, grad_hidden: Tensor, layers: _Layers, needs: HeadTensors, total: _Sums
-) -> None:
-    if needs.gate_logits:
-        total.append("gate_logits", grad_logits)
-    if needs.gate_b2:
-        total.add("gate_b2", grad_logits.sum((0, 2, 3)))
-    grad_logits = grad_logits.to(hidden.dtype)
-    if needs.gate_w2:
-        total.add("gate_w2", torch.einsum("bkhw,bdhw->kd", grad_logits, hidden[:, layers.expert_width :]))
-    grad_hidden[:, layers.expert_width :] = F.conv_transpose2d(grad_logits, layers.gate_w2)
 
 
 def _add_split(total: _Sums, experts: str, gate: str, grad: Tensor, width: int, needs: HeadTensors) -> None:
@@ -229,21 +243,29 @@ def _add_split(total: _Sums, experts: str, gate: str, grad: Tensor, width: int, 
 
 
 def _upsample_vjp(grad: Tensor, size: tuple[int, int]) -> Tensor:
-    """The adjoint of the bilinear upsampling: Uy^T grad Ux, [1, C, H, W] -> [1, C, h, w]."""
-    if grad.shape[-2:] == size:
+    """The adjoint of the bilinear upsampling, [1, C, H, W] -> [1, C, h, w]."""
+    return _gather(_gather(grad, 2, size[0]), 3, size[1])
+
+
+def _gather(grad: Tensor, axis: int, source: int) -> Tensor:
+    """The adjoint of interpolation along one axis: each source pixel sums, in order, over the targets that read it.
+
+    Those are less than one source pixel away; the weights are computed in float64.
+    """
+    target = grad.shape[axis]
+    if source == target:
         return grad
-    rows = interpolation_matrix(size[0], grad.shape[-2]).to(grad)
-    columns = interpolation_matrix(size[1], grad.shape[-1]).to(grad)
-    return rows.T @ (grad @ columns)
-
-
-def interpolation_matrix(source: int, target: int) -> Tensor:
-    """Bilinear interpolation with align_corners=True along one axis as a matrix [target, source], exact in float64."""
-    position = torch.arange(target, dtype=torch.float64) * ((source - 1) / (target - 1) if target > 1 else 0.0)
-    low = position.floor().clamp(max=source - 1)
-    weight = position - low
-    matrix = torch.zeros(target, source, dtype=torch.float64)
-    index = torch.arange(target)
-    matrix[index, low.long()] += 1 - weight
-    matrix[index, (low.long() + 1).clamp(max=source - 1)] += weight
-    return matrix
+    if source == 1:
+        return grad.sum(axis, keepdim=True)
+    step = (source - 1) / max(target - 1, 1)  # source pixels per target
+    exact = torch.float32 if grad.device.type == "mps" else torch.float64
+    pixel = torch.arange(source, dtype=exact, device=grad.device)
+    first = ((pixel - 1) / step).floor().add(1).clamp(min=0)
+    along = [-1 if dim == axis else 1 for dim in range(grad.dim())]
+    total = torch.zeros((), dtype=grad.dtype, device=grad.device)
+    for tap in range(min(target, math.ceil(2 / step))):
+        index = first + tap
+        weight = torch.where(index < target, (1 - (index * step - pixel).abs()).clamp(min=0), 0)
+        taken = grad.index_select(axis, index.clamp(max=target - 1).long())
+        total = torch.addcmul(total, taken, weight.to(grad.dtype).view(along))
+    return total

@@ -7,6 +7,7 @@ cannot return optional tensors, so an absent output (or a gradient that is not n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -45,10 +46,12 @@ def _split(args: Sequence) -> tuple[HeadTensors, HeadOptions, Sequence]:
     schema=f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def moe_head_op(*args):
-    tensors, options, (backend,) = _split(args)
+    tensors, options, (name,) = _split(args)
+    backend = dispatch.select(name, tensors, options)
     if tensors.x.shape[0] == 0:
         return _allocate(tensors, options)
-    outputs = dispatch.select(backend, tensors, options).forward(tensors, options)
+    with _no_autocast(tensors.x):
+        outputs = backend.forward(tensors, options)
     return tuple(_absent(tensors.x) if o is None else o.contiguous() for o in outputs)
 
 
@@ -56,6 +59,13 @@ def moe_head_op(*args):
 def _(*args):
     tensors, options, _ = _split(args)
     return _allocate(tensors, options)
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Inside an operator autocast would still cast every convolution, whatever the precision that was asked for."""
+    if not torch.amp.is_autocast_available(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _absent(x: Tensor) -> Tensor:
@@ -86,12 +96,12 @@ def _allocate(t: HeadTensors, options: HeadOptions) -> tuple[Tensor, ...]:
     schema=f"({_TENSORS}, {_OPTIONS}, str backend, {_COTANGENTS}, bool[] needs) -> Tensor[]",
 )
 def moe_head_backward_op(*args):
-    tensors, options, (backend, *cotangents, needs) = _split(args)
+    tensors, options, (name, *cotangents, needs) = _split(args)
+    backend = dispatch.select(name, tensors, options)
     if tensors.x.shape[0] == 0:
         return [_absent(tensors.x) if not n else torch.zeros_like(t) for t, n in zip(tensors, needs, strict=True)]
-    gradients = dispatch.select(backend, tensors, options).backward(
-        tensors, options, MoEOutput(*cotangents), HeadTensors(*needs)
-    )
+    with _no_autocast(tensors.x):
+        gradients = backend.backward(tensors, options, MoEOutput(*cotangents), HeadTensors(*needs))
     return [
         _absent(tensors.x) if g is None else torch.empty_like(t).copy_(g)
         for t, g in zip(tensors, gradients, strict=True)
@@ -120,7 +130,7 @@ moe_head_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _no_double_backward(ctx, *_):
-    raise RuntimeError("moe_head has no second derivative: its backward recomputes activations and is not differentiable")
+    raise RuntimeError("moe_head has no second derivative: differentiate its outputs only once")
 
 
 moe_head_backward_op.register_autograd(_no_double_backward, setup_context=lambda ctx, inputs, output: None)

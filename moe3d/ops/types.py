@@ -32,6 +32,9 @@ class HeadTensors(NamedTuple):
         return self.gate_w1 is not None
 
 
+PARAMETERS = HeadTensors._fields[1:9]  # the tensors that are the head's own
+
+
 @dataclass(frozen=True)
 class HeadOptions:
     """Everything about a call that is not a tensor (see :func:`moe3d.functional.moe_head` for the meanings)."""

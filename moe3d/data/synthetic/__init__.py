@@ -46,7 +46,7 @@ def render_scene(seed: int, size: tuple[int, int] = (168, 168), frames: int | Se
     Raises:
         ValueError: for a negative seed, an image smaller than 2x2, or views beyond 0..7.
     """
-    views = list(range(frames)) if isinstance(frames, int) else [int(k) for k in frames]
+    views = [int(k) for k in frames] if isinstance(frames, Sequence) else list(range(frames))
     if not views or min(views) < 0 or max(views) >= MAX_VIEWS:
         raise ValueError(f"frames must be 1 to {MAX_VIEWS}, or indices from 0 to {MAX_VIEWS - 1}, got {frames!r}")
     if seed < 0:
@@ -137,7 +137,8 @@ def _generator(*key: int) -> np.random.Generator:
 def _draw_sensor(rng: np.random.Generator) -> Sensor:
     warmth, green = rng.normal(0, 0.06), rng.normal(0, 0.02)
     return Sensor(
-        brightness=rng.uniform(0.12, 0.3),
+        brightness=np.exp(rng.uniform(np.log(0.12), np.log(0.35))),
+        contrast=rng.uniform(1.0, 1.5),
         white_balance=np.array([1 + warmth, 1 + green, 1 - warmth]),
         blur=rng.choice([0.0, rng.uniform(0.2, 0.8)]),
         noise=np.exp(rng.uniform(np.log(0.003), np.log(0.03))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -84,9 +85,9 @@ class Palette:
 
     def table(self) -> Materials:
         """All materials drawn so far."""
-        columns = [np.array(column).T for column in zip(*self.rows)]
+        columns = [np.array(column).T for column in zip(*self.rows, strict=True)]
         kinds = (np.int64, np.float32, np.float32, np.float32, np.float32, np.float32, np.float32, np.int64)
-        return Materials(*(column.astype(kind) for column, kind in zip(columns, kinds)))
+        return Materials(*(column.astype(kind) for column, kind in zip(columns, kinds, strict=True)))
 
 
 def assemble(parts: list[Part]) -> Primitives:
@@ -138,9 +139,10 @@ def rotation_z(angle: float) -> Array:
 def frame(axis: Array) -> Array:
     """[3, 3] a right-handed frame whose z is ``axis``, with y as upright as it can be."""
     z = axis / np.linalg.norm(axis)
-    x = np.cross([0.0, 0.0, 1.0] if abs(z[2]) < 0.99 else [0.0, 1.0, 0.0], z)
+    x = np.array([-z[1], z[0], 0.0] if abs(z[2]) < 0.99 else [z[2], 0.0, -z[0]])  # across z and the upright
     x /= np.linalg.norm(x)
-    return np.stack([x, np.cross(z, x), z], 1)
+    y = np.array([z[1] * x[2] - z[2] * x[1], z[2] * x[0] - z[0] * x[2], z[0] * x[1] - z[1] * x[0]])
+    return np.stack([x, y, z], 1)  # spelled out, because np.cross takes most of a scene's drawing time
 
 
 def box(centre: Point, full_size: Point, material: int, yaw: float = 0.0) -> Part:
@@ -171,6 +173,10 @@ def panel(centre: Point, axis: Point, width: float, height: float, material: int
     """An infinitely thin rectangle facing ``axis``, ``height`` as upright as it can be."""
     size = np.array([0.5 * width, 0.5 * height, 0.0])
     return Part(shapes.PANEL, np.array(centre, float), frame(np.array(axis, float)), size, material, tuple(cutout))
+
+
+def _from(point: Array, x: float, y: float, z: float) -> Array:
+    return point + np.array([x, y, z])
 
 
 def crates(rng: np.random.Generator, palette: Palette) -> list[Part]:
@@ -253,7 +259,8 @@ def _row_of_things(
     rng: np.random.Generator, palette: Palette, width: float, depth: float, height: float, room: float = 0.45
 ) -> list[Part]:
     """Small things side by side on a surface at ``height``, none taller than ``room``."""
-    parts, x = [], -width / 2
+    parts: list[Part] = []
+    x = -width / 2
     while True:
         w = np.exp(rng.uniform(np.log(0.05), np.log(0.45)))
         if x + w > width / 2:
@@ -281,7 +288,7 @@ def cabinet(rng: np.random.Generator, palette: Palette) -> list[Part]:
     body, front, knob = palette.new(), palette.new(), palette.metal()
     parts = [box([0, 0, height / 2], [width, depth, height], body)]
     edges = np.linspace(0.05, height - 0.03, rng.integers(2, 6))
-    for low, high in zip(edges[:-1], edges[1:]):
+    for low, high in pairwise(edges):
         middle = (low + high) / 2
         parts.append(box([0, -depth / 2, middle], [width * 0.94, 0.03, (high - low) * 0.92], front))
         y = -depth / 2 - 0.04
@@ -338,13 +345,13 @@ def two_wheeler(rng: np.random.Generator, palette: Palette) -> list[Part]:
         parts.append(rod(rear + offset, crank, tube * 0.7, metal))
         parts.append(rod(rear + offset, saddle, tube * 0.7, metal))
         parts.append(rod(front + offset, head + offset, tube, metal))
-    bar = head + np.array([-0.03, 0, 0.12])
+    bar = _from(head, -0.03, 0, 0.12)
     for side in (-1, 1):
-        grip = bar + np.array([-0.12, 0.33 * side, 0.04])
-        parts += [rod(bar, grip, 0.012, metal), rod(grip, grip + [-0.1, 0.05 * side, -0.02], 0.018, seat)]
-        mirror = grip + np.array([0.05, 0, 0.16])
+        grip = _from(bar, -0.12, 0.33 * side, 0.04)
+        parts += [rod(bar, grip, 0.012, metal), rod(grip, _from(grip, -0.1, 0.05 * side, -0.02), 0.018, seat)]
+        mirror = _from(grip, 0.05, 0, 0.16)
         parts += [rod(grip, mirror, 0.005, metal), ball(mirror, [0.012, 0.06, 0.04], seat)]
-    parts.append(ball(saddle + [-0.08, 0, 0.06], [rng.uniform(0.13, 0.4), 0.09, 0.05], seat))
+    parts.append(ball(_from(saddle, -0.08, 0, 0.06), [rng.uniform(0.13, 0.4), 0.09, 0.05], seat))
     for hub, angle in ((rear, rng.uniform(0.5, 1.2)), (front, rng.uniform(1.2, 1.9))):
         guard = hub + 1.06 * radius * np.array([np.cos(angle), 0, np.sin(angle)])
         parts.append(box(guard, [0.3, 0.1, 0.012], paint))
@@ -360,16 +367,16 @@ def _engine(
     tank = 0.45 * saddle + 0.55 * head + [0, 0, 0.02]
     parts = [
         ball(tank, [0.28, 0.14, 0.13], paint, frame(np.cross(head - saddle, [0, 0, 1.0])) @ rotation_x(-np.pi / 2)),
-        ball(head + [0.18, 0, -0.04], [0.08, 0.1, 0.1], chrome),
-        box(crank + [0, 0, 0.08], [0.4, 0.24, 0.24], metal),
-        rod(crank + [0.02, -0.17, 0.06], crank + [0.02, 0.17, 0.06], 0.12, chrome),
+        ball(_from(head, 0.18, 0, -0.04), [0.08, 0.1, 0.1], chrome),
+        box(_from(crank, 0, 0, 0.08), [0.4, 0.24, 0.24], metal),
+        rod(_from(crank, 0.02, -0.17, 0.06), _from(crank, 0.02, 0.17, 0.06), 0.12, chrome),
     ]
     for k in range(rng.integers(4, 9)):  # cooling fins
-        parts.append(box(crank + [0.1 + 0.006 * k, 0, 0.22 + 0.028 * k], [0.2, 0.24, 0.014], metal))
+        parts.append(box(_from(crank, 0.1 + 0.006 * k, 0, 0.22 + 0.028 * k), [0.2, 0.24, 0.014], metal))
     for side in (-0.14, 0.14):
-        knee = crank + np.array([0.3, side, -0.1])
-        parts.append(rod(crank + [0.22, side, 0.2], knee, 0.02, chrome))
-        parts.append(rod(knee, crank + [-0.75, side * 1.2, -0.02], 0.022, chrome, 0.045))
+        knee = _from(crank, 0.3, side, -0.1)
+        parts.append(rod(_from(crank, 0.22, side, 0.2), knee, 0.02, chrome))
+        parts.append(rod(knee, _from(crank, -0.75, side * 1.2, -0.02), 0.022, chrome, 0.045))
     return parts
 
 
@@ -510,7 +517,7 @@ def heap(rng: np.random.Generator, palette: Palette) -> list[Part]:
         centre = np.array([*rng.normal(0, spread, 2), abs(rng.normal(0, spread))])
         axis, material = rng.normal(0, 1, 3), palette.new()
         size = np.exp(rng.uniform(np.log(0.03), np.log(0.25), 3))
-        kind = rng.integers(5)
+        kind = int(rng.integers(5))
         if kind == shapes.FRUSTUM:
             parts.append(rod(centre, centre + axis * size[0] * 3, size[1] * 0.6, material, size[2] * 0.6))
         elif kind == shapes.TORUS:
@@ -529,7 +536,7 @@ def cables(rng: np.random.Generator, palette: Palette) -> list[Part]:
     x = np.linspace(-width / 2, width / 2, 13)
     z = high + sag * ((2 * x / width) ** 2 - 1) + 0.2 * x
     points = np.stack([x, 0 * x, z], 1)
-    return [rod(start, end, radius, material) for start, end in zip(points[:-1], points[1:])]
+    return [rod(start, end, radius, material) for start, end in pairwise(points)]
 
 
 Maker = Callable[[np.random.Generator, Palette], list[Part]]

@@ -91,15 +91,15 @@ def local_normals(kind: int, points: Array, size: Array) -> Array:
 
 def _first_positive(*candidates: Array) -> Array:
     """The smallest candidate above zero; inf where there is none."""
-    smallest = np.inf
+    smallest = np.full_like(candidates[0], np.inf)
     for t in candidates:
-        smallest = np.minimum(smallest, np.where(t > NEAREST_HIT, t, np.inf))
+        np.minimum(smallest, np.where(t > NEAREST_HIT, t, np.inf), out=smallest)
     return smallest
 
 
 def _box(origin: Array, direction: Array, size: Array) -> Array:
     enter, leave = -np.inf, np.inf
-    for o, d, s in zip(origin, direction, size):
+    for o, d, s in zip(origin, direction, size, strict=True):
         inverse = 1 / d
         first, second = (-s - o) * inverse, (s - o) * inverse
         enter = np.maximum(enter, np.minimum(first, second))
@@ -110,7 +110,7 @@ def _box(origin: Array, direction: Array, size: Array) -> Array:
 
 def _ellipsoid(origin: Array, direction: Array, size: Array) -> Array:
     ox, oy, oz = origin / size
-    dx, dy, dz = (d / s for d, s in zip(direction, size))
+    dx, dy, dz = (d / s for d, s in zip(direction, size, strict=True))
     a = dx * dx + dy * dy + dz * dz
     b = ox * dx + oy * dy + oz * dz
     root = np.sqrt(b * b - a * (ox * ox + oy * oy + oz * oz - 1))  # nan where the ray misses
@@ -138,32 +138,40 @@ def _frustum(origin: Array, direction: Array, size: Array) -> Array:
 
 
 def _torus(origin: Array, direction: Array, size: Array) -> Array:
-    """Sphere tracing to near the surface, then Newton steps on the distance, which converge to float64 accuracy."""
+    """Sphere tracing for most rays, roots of the quartic for those that graze the ring; Newton's method polishes both.
+
+    Sphere tracing alone crawls along the surface, and finding the roots for all rays would take ten times as long.
+    """
     ring, tube, _ = size
     bound = np.array([ring + tube, ring + tube, tube])
-    start = _box(origin, direction, bound).reshape(-1)
+    origin, directions = origin[:, None], direction.reshape(3, -1)
+    start = _box(origin[:, 0], directions, bound)
     ray = np.flatnonzero(np.isfinite(start))
-    origin = origin[:, None]
-    d = direction.reshape(3, -1)[:, ray]
-    speed = np.sqrt((d * d).sum(0))
     inside = (np.abs(origin[:, 0]) <= bound).all()  # of the box, whose far side is then no place to start
-    t = np.zeros_like(speed) if inside else start[ray]
+    t = np.zeros(len(ray)) if inside else start[ray]
+    d = directions[:, ray]
+    speed = np.sqrt((d * d).sum(0))
     end = t + 2 * np.linalg.norm(bound) / speed
     rays, times = [], []
-    for _ in range(64):
+    for _ in range(20):
         distance = _torus_distance(origin + t * d, ring, tube)
-        t = t + distance / speed
-        near = distance < 1e-3 * tube
+        near = distance < 1e-2 * tube
         rays.append(ray[near])
         times.append(t[near])
+        t = t + distance / speed
         left = ~near & (t < end)
         ray, d, speed, t, end = ray[left], d[:, left], speed[left], t[left], end[left]
         if not len(ray):
             break
-    ray, t = np.concatenate(rays), np.concatenate(times)
-    hit = np.full(direction.shape[1:], np.inf)
-    hit.reshape(-1)[ray] = _torus_polish(origin, direction.reshape(3, -1)[:, ray], t, ring, tube)
-    return hit
+    arrived, t = np.concatenate(rays), np.concatenate(times)
+    hit = np.full(directions.shape[1], np.inf)
+    hit[arrived] = _torus_polish(origin, directions[:, arrived], t, ring, tube)
+    ray = np.concatenate([ray, arrived[np.isinf(hit[arrived])]])
+    if len(ray):
+        d, begin = directions[:, ray], 0 if inside else start[ray]
+        roots = _torus_roots(origin + begin * d, d, ring, tube) + begin
+        hit[ray] = np.min([_torus_polish(origin, d, t, ring, tube) for t in roots], axis=0)
+    return hit.reshape(direction.shape[1:])
 
 
 def _torus_distance(p: Array, ring: float, tube: float) -> Array:
@@ -172,7 +180,7 @@ def _torus_distance(p: Array, ring: float, tube: float) -> Array:
 
 
 def _torus_polish(origin: Array, d: Array, t: Array, ring: float, tube: float) -> Array:
-    """Newton's method from close by; inf for rays that only graze the neighbourhood of the surface."""
+    """Newton's method from close by; inf where it does not end on the surface in front of the origin."""
     for _ in range(5):
         p = origin + t * d
         inward = 1 - ring / np.sqrt(p[0] * p[0] + p[1] * p[1])
@@ -180,7 +188,24 @@ def _torus_polish(origin: Array, d: Array, t: Array, ring: float, tube: float) -
         slope = (p[0] * d[0] + p[1] * d[1]) * inward + p[2] * d[2]
         t = t - distance * (distance + tube) / slope
     on_surface = np.abs(_torus_distance(origin + t * d, ring, tube)) < 1e-9
-    return np.where(on_surface & (t > NEAREST_HIT), t, np.inf)
+    return np.where(on_surface & (slope < 0) & (t > NEAREST_HIT), t, np.inf)
+
+
+def _torus_roots(origin: Array, d: Array, ring: float, tube: float) -> Array:
+    """[4, P] the real parts of the roots t of (|p|^2 + ring^2 - tube^2)^2 = 4 ring^2 (x^2 + y^2), p = origin + t d."""
+    speed = np.sqrt((d * d).sum(0))
+    scale = ring + tube
+    d, origin, ring, tube = d / speed, origin / scale, ring / scale, tube / scale
+    along, flat = (origin * d).sum(0), (origin * d)[:2].sum(0)
+    constant = (origin * origin).sum(0) + ring * ring - tube * tube
+    four = 4 * ring * ring
+    companion = np.zeros((d.shape[1], 4, 4))
+    companion[:, 1:, :3] = np.eye(3)
+    companion[:, 0, 0] = -4 * along
+    companion[:, 0, 1] = four * (d[:2] * d[:2]).sum(0) - 4 * along * along - 2 * constant
+    companion[:, 0, 2] = 2 * four * flat - 4 * along * constant
+    companion[:, 0, 3] = four * (origin[:2] * origin[:2]).sum(0) - constant * constant
+    return np.linalg.eigvals(companion).real.T * scale / speed
 
 
 def _panel(origin: Array, direction: Array, size: Array, cutout: Array) -> Array:
@@ -220,7 +245,7 @@ def _opening(x: Array, y: Array, size: Array, centre: float, width: float, heigh
 
 
 def _spokes(x: Array, y: Array, size: Array, count: float, width: float, twist: float) -> Array:
-    """``count`` radial bars, bent by ``twist`` radians from hub to rim, between a hub and a rim of 0.2 and 0.08 radii."""
+    """``count`` radial bars, bent by ``twist`` radians on their way from a hub to a rim."""
     radius = np.hypot(x, y) / size[0]
     turn = (np.arctan2(y, x) + twist * radius) * count / (2 * np.pi)
     bar = np.abs(turn - np.round(turn)) * 2 * np.pi / count * radius * size[0] <= width / 2

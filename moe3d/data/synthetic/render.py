@@ -90,7 +90,9 @@ class Sensor:
     """How a camera turns light into pixel values."""
 
     brightness: float
-    """The image's mean linear value."""
+    """The image's mean linear value before its highlights roll off."""
+    contrast: float
+    """Exponent on linear values relative to the mean."""
     white_balance: Array
     """[3] gains."""
     blur: float
@@ -230,12 +232,12 @@ class Renderer:
         below, above = self.scene.ambient.astype(np.float32)[..., None]
         light = below + (above - below) * (0.5 + 0.5 * normal[2])
         highlight = np.zeros_like(light)
-        for lamp, shadow in zip(self.scene.lights, self._shadows):
+        for lamp, shadow in zip(self.scene.lights, self._shadows, strict=True):
             to_lamp = lamp.camera.position.astype(np.float32)[:, None] - points
             square = _dot(to_lamp, to_lamp)
             to_lamp /= np.sqrt(square)
             reach = np.float32(lamp.reach**2)
-            arriving = reach / (np.float32(0.3) * reach + np.float32(0.7) * square)
+            arriving = reach / (np.float32(0.15) * reach + np.float32(0.85) * square)
             if shadow is not None:
                 arriving *= _visibility(shadow, lamp.camera, points, normal)
             cosine = np.maximum(_dot(normal, to_lamp), 0)
@@ -288,10 +290,11 @@ def expose(radiance: Array, sensor: Sensor, rng: np.random.Generator) -> Array:
     """Radiance [H, W, 3] -> float32 sRGB in [0, 1] in steps of 1/255."""
     height, width = radiance.shape[:2]
     image = gaussian_filter(radiance, (sensor.blur, sensor.blur, 0)) if sensor.blur > 0.2 else radiance
+    image = (image / image.mean()) ** np.float32(sensor.contrast)
     image = image * (sensor.brightness * sensor.white_balance / image.mean()).astype(np.float32)
     row, column = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
     image = image * (1 - sensor.vignetting * (row**2 + column**2) / 2)[..., None].astype(np.float32)
-    image = image / (1 + 0.25 * image**2)  # highlights roll off before they clip
+    image = image / (1 + 0.2 * image**2)  # highlights roll off before they clip
     grain = rng.standard_normal(image.shape, dtype=np.float32)
     image = np.clip(image + sensor.noise * grain * np.sqrt(np.maximum(image, 0) + 0.02), 0, 1)
     encoded = np.where(image <= 0.0031308, 12.92 * image, 1.055 * np.maximum(image, 1e-6) ** (1 / 2.4) - 0.055)

@@ -25,6 +25,8 @@ MAX_VIEWS = 8
 CLEARANCE = 0.3  # metres that a camera keeps from things
 SURFACES = [textures.PLAIN, textures.PLANKS, textures.BRICKS, textures.CLOUDS, textures.TILES]  # of walls
 Array = np.ndarray
+# What stays however near a camera comes (floors, walls), what is left out then, the lights, and the ambient light.
+Setting = tuple[list[Part], list[Part], list[Light], Array]
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
@@ -33,12 +35,12 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     setting = rng.choice(["room", "yard", "table"], p=[0.76, 0.14, 0.1])
     cameras, distance = _draw_cameras(rng, setting)
     if setting == "room":
-        parts, lights, ambient = _room(rng, palette, cameras, distance)
+        stage, things, lights, ambient = _room(rng, palette, cameras, distance)
     elif setting == "yard":
-        parts, lights, ambient = _yard(rng, palette, distance)
+        stage, things, lights, ambient = _yard(rng, palette, distance)
     else:
-        parts, lights, ambient = _table_top(rng, palette, distance)
-    parts = _clear_of_cameras(parts, cameras)
+        stage, things, lights, ambient = _table_top(rng, palette, distance)
+    parts = stage + _clear_of_cameras(things, cameras)
     sky_top = np.array([0.25, 0.45, 0.9]) * rng.uniform(0.5, 1.3) + rng.uniform(0, 0.4)
     return Scene(
         primitives=assemble(parts),
@@ -61,7 +63,7 @@ def _draw_cameras(rng: np.random.Generator, setting: str) -> tuple[list[Camera],
         distance, height = rng.uniform(0.6, 1.3), rng.uniform(0.2, 0.8)
         target = np.array([0, 0, rng.uniform(0.0, 0.15)])
     else:
-        distance = np.clip(np.exp(rng.normal(np.log(3.0), 0.35)) * 0.45 / np.tan(fov / 2), 1.5, 5.5)
+        distance = np.clip(np.exp(rng.normal(np.log(2.7), 0.4)) * 0.45 / np.tan(fov / 2), 1.3, 6.0)
         height = rng.uniform(0.5, 1.9)
         target = np.array([0, 0, rng.uniform(0.3, 1.1)])
     azimuth = rng.uniform(-0.6, 0.6)
@@ -87,7 +89,7 @@ def _clear_of_cameras(parts: list[Part], cameras: list[Camera]) -> list[Part]:
         local = np.einsum("nji,nj->ni", built.rotation, camera.position - built.centre)
         gap = np.linalg.norm(np.maximum(np.abs(local) - extent, 0), axis=1)
         keep &= gap > CLEARANCE
-    return [part for part, kept in zip(parts, keep) if kept]
+    return [part for part, kept in zip(parts, keep, strict=True) if kept]
 
 
 def _pick(rng: np.random.Generator, makers: list[tuple[Maker, float, float]]) -> tuple[Maker, float]:
@@ -113,7 +115,9 @@ class _Floor:
         return None
 
 
-def _furnish(rng: np.random.Generator, palette: Palette, floor: _Floor, count: int, low: Array, high: Array):
+def _furnish(
+    rng: np.random.Generator, palette: Palette, floor: _Floor, count: int, low: Array, high: Array
+) -> list[Part]:
     parts = []
     for _ in range(count):
         maker, radius = _pick(rng, FURNITURE)
@@ -124,30 +128,29 @@ def _furnish(rng: np.random.Generator, palette: Palette, floor: _Floor, count: i
     return parts
 
 
-def _room(
-    rng: np.random.Generator, palette: Palette, cameras: list[Camera], distance: float
-) -> tuple[list[Part], list[Light], Array]:
+def _room(rng: np.random.Generator, palette: Palette, cameras: list[Camera], distance: float) -> Setting:
     positions = np.stack([camera.position for camera in cameras])
     margin = rng.uniform(0.5, 1.5)
     left = min(positions[:, 0].min() - margin, -rng.uniform(1.5, 4.5))
     right = max(positions[:, 0].max() + margin, rng.uniform(1.5, 4.5))
     front, back = positions[:, 1].min() - margin, rng.uniform(0.8, 4.5)
     height = max(rng.uniform(2.2, 3.6), positions[:, 2].max() + 0.4)
-    parts = _shell(rng, palette, (left, right, front, back, height))
+    extent = (left, right, front, back, height)
+    stage = _shell(rng, palette, extent)
     floor = _Floor(rng)
+    parts = _wall_decoration(rng, palette, extent)
     parts += _hero(rng, palette, floor)
-    parts += _against_walls(rng, palette, floor, (left, right, front, back, height))
+    parts += _against_walls(rng, palette, floor, extent)
     low = np.array([max(left + 0.4, -0.9 * distance), -0.45 * distance])
     high = np.array([min(right - 0.4, 0.9 * distance), back - 0.5])
-    parts += _furnish(rng, palette, floor, rng.integers(3, 16), low, np.maximum(high, low + 0.1))
+    parts += _furnish(rng, palette, floor, int(rng.integers(3, 16)), low, np.maximum(high, low + 0.1))
     if rng.random() < 0.25:
         parts += _occluder(rng, palette, positions[0])
-    lights = _room_lights(rng, (left, right, front, back, height))
-    return parts, lights, _ambient(rng, 0.35)
+    return stage, parts, _room_lights(rng, extent), _ambient(rng, 0.35)
 
 
 def _shell(rng: np.random.Generator, palette: Palette, extent: tuple[float, ...]) -> list[Part]:
-    """Floor, ceiling and four walls, one or two with a doorway or a window into another room."""
+    """Floor, ceiling and four walls; sometimes a doorway in the back wall leads into another room."""
     left, right, front, back, height = extent
     width, length = right - left, back - front
     middle = np.array([(left + right) / 2, (front + back) / 2])
@@ -166,11 +169,10 @@ def _shell(rng: np.random.Generator, palette: Palette, extent: tuple[float, ...]
         panel([middle[0], front, height / 2], [0, 1, 0], width, height, wall),
         panel([middle[0], back + depth, height / 2], [0, -1, 0], width + 12, height, beyond),
     ]
-    doorway = (0, 0, 0, 0)
+    doorway = (shapes.SOLID, 0.0, 0.0, 0.0)
     if rng.random() < 0.35:
         doorway = (shapes.OPENING, rng.uniform(-0.35, 0.35) * width, rng.uniform(0.8, 1.8), rng.uniform(1.9, 2.15))
     parts.append(panel([middle[0], back, height / 2], [0, -1, 0], width, height, wall, doorway))
-    parts += _wall_decoration(rng, palette, extent)
     return parts
 
 
@@ -208,10 +210,8 @@ def _hero(rng: np.random.Generator, palette: Palette, floor: _Floor) -> list[Par
     return parts
 
 
-def _against_walls(
-    rng: np.random.Generator, palette: Palette, floor: _Floor, extent: tuple[float, ...]
-) -> list[Part]:
-    left, right, front, back, _ = extent
+def _against_walls(rng: np.random.Generator, palette: Palette, floor: _Floor, extent: tuple[float, ...]) -> list[Part]:
+    left, right, _, back, _ = extent
     parts = []
     for _ in range(rng.integers(2, 9)):
         maker, radius = _pick(rng, ALONG_WALLS)
@@ -257,20 +257,20 @@ def _tint(rng: np.random.Generator) -> Array:
 
 
 def _ambient(rng: np.random.Generator, strength: float) -> Array:
-    above = strength * rng.uniform(0.5, 1.3) * _tint(rng)
+    above = strength * rng.uniform(0.2, 1.2) * _tint(rng)
     return np.stack([above * rng.uniform(0.3, 0.8), above])
 
 
-def _yard(rng: np.random.Generator, palette: Palette, distance: float) -> tuple[list[Part], list[Light], Array]:
+def _yard(rng: np.random.Generator, palette: Palette, distance: float) -> Setting:
     """Ground within a wall or hedge, houses and trees, sky above, the sun far away."""
     pattern = rng.choice([textures.CLOUDS, textures.SPECKLE, textures.TILES, textures.BRICKS])
     far = rng.uniform(10, 24)
-    parts = [panel([0, 0, 0], [0, 0, 1], 2 * far, 2 * far, palette.new(pattern, rng.uniform(0.2, 0.8), specular=0.0))]
-    hedge = palette.new(rng.choice(SURFACES + [textures.SPECKLE]), rng.uniform(0.2, 0.6), specular=0.0)
+    stage = [panel([0, 0, 0], [0, 0, 1], 2 * far, 2 * far, palette.new(pattern, rng.uniform(0.2, 0.8), specular=0.0))]
+    hedge = palette.new(rng.choice([*SURFACES, textures.SPECKLE]), rng.uniform(0.2, 0.6), specular=0.0)
     for axis in ([-1, 0, 0], [1, 0, 0], [0, -1, 0], [0, 1, 0]):
-        parts.append(panel([-far * axis[0], -far * axis[1], 1], axis, 2 * far, rng.uniform(3, 8), hedge))
+        stage.append(panel([-far * axis[0], -far * axis[1], 1], axis, 2 * far, rng.uniform(3, 8), hedge))
     floor = _Floor(rng)
-    parts += _hero(rng, palette, floor)
+    parts = _hero(rng, palette, floor)
     for _ in range(rng.integers(6, 12)):
         angle = rng.uniform(-1.2, 1.2)
         at = rng.uniform(4, 14) * np.array([np.sin(angle), np.cos(angle)])
@@ -281,11 +281,11 @@ def _yard(rng: np.random.Generator, palette: Palette, distance: float) -> tuple[
         else:
             parts += place(_tree(rng, palette), [*at, 0])
     low, high = np.array([-distance, -0.45 * distance]), np.array([distance, 4.0])
-    parts += _furnish(rng, palette, floor, rng.integers(4, 14), low, high)
+    parts += _furnish(rng, palette, floor, int(rng.integers(4, 14)), low, high)
     sun = rng.normal(0, 1, 3) * [1, 1, 0] + [0, -0.5, 1.2]
     camera = Camera.look_at(40 * sun / np.linalg.norm(sun), np.zeros(3), np.radians(18))
     lights = [Light(camera, rng.uniform(0.3, 1.5) * _tint(rng), 40.0, shadow=True)]
-    return parts, lights, _ambient(rng, 0.5)
+    return stage, parts, lights, _ambient(rng, 0.5)
 
 
 def _tree(rng: np.random.Generator, palette: Palette) -> list[Part]:
@@ -298,17 +298,17 @@ def _tree(rng: np.random.Generator, palette: Palette) -> list[Part]:
     return parts
 
 
-def _table_top(rng: np.random.Generator, palette: Palette, distance: float) -> tuple[list[Part], list[Light], Array]:
+def _table_top(rng: np.random.Generator, palette: Palette, distance: float) -> Setting:
     """Small things on a table, a wall or a dim room behind it."""
     top = palette.wood() if rng.random() < 0.5 else palette.new()
     back = rng.uniform(0.6, 3.5)
-    parts = [
+    stage = [
         box([0, rng.uniform(-0.1, 0.3), -0.02], [rng.uniform(1.0, 2.4), rng.uniform(0.8, 1.4), 0.04], top),
         panel([0, 0, -0.75], [0, 0, 1], 12, 12, palette.new(textures.PLANKS)),
         panel([0, back, 0.5], [0, -1, 0], 14, 5, palette.new(rng.choice(SURFACES), 0.3, specular=0.0)),
     ]
-    floor = _Floor(rng)
-    for _ in range(rng.integers(4, 14)):
+    floor, parts = _Floor(rng), []
+    for _ in range(rng.integers(6, 18)):
         maker, radius = _pick(rng, FURNITURE)
         scale = rng.uniform(0.12, 0.3)
         at = floor.find(radius * scale, np.array([-0.5, -0.3 * distance]), np.array([0.5, 0.5]))
@@ -320,4 +320,4 @@ def _table_top(rng: np.random.Generator, palette: Palette, distance: float) -> t
     at = np.array([rng.uniform(-1.2, 1.2), rng.uniform(-1.5, 0.3), rng.uniform(0.9, 1.6)])
     camera = Camera.look_at(at, np.zeros(3), np.radians(120))
     lights = [Light(camera, rng.uniform(0.5, 1.2) * _tint(rng), float(np.linalg.norm(at)), shadow=True)]
-    return parts, lights, _ambient(rng, 0.4)
+    return stage, parts, lights, _ambient(rng, 0.4)

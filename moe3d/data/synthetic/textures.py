@@ -51,7 +51,7 @@ def albedo(materials: Materials, points: Array, normals: Array, footprint: Array
     Returns:
         [3, P] float32 linear RGB.
     """
-    shift = _hash(materials.seed, 1) * np.float32([[1.0], [7.3], [3.7]])
+    shift = _hash(materials.seed, 1) * np.array([[1.0], [7.3], [3.7]], np.float32)
     cloud = _noise(points / (3 * materials.scale) + shift)
     grain = _noise(points * np.float32(4.5) + shift)
     mix, shade = np.zeros_like(footprint), np.ones_like(footprint)
@@ -115,12 +115,14 @@ def _planks(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array
 
 
 def _speckle(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
-    return _hash_cells(*np.floor(6 * flat + 3 * grain), seed) < 0.3, 1.0
+    column, row = np.floor(6 * flat + 3 * grain)
+    return _hash_cells(column, row, seed) < 0.3, 1.0
 
 
 def _tiles(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:
-    joint = (flat % 1 < 0.035).any(0)
-    return joint, 0.85 + 0.3 * _hash_cells(*np.floor(flat), seed)
+    column, row = np.floor(flat)
+    joint = np.any(flat % 1 < 0.035, axis=0)
+    return joint, 0.85 + 0.3 * _hash_cells(column, row, seed)
 
 
 def _print(flat: Array, seed: Array, cloud: Array, grain: Array) -> tuple[Array, Array | float]:

@@ -1,0 +1,258 @@
+"""``moe3d demo``: the shipped model, stock head beside MoE head, on a real stereo pair and on held-out synthetic scenes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import moe3d
+from moe3d.benchmark.clock import time_call
+from moe3d.benchmark.statistics import ratio_of_medians
+from moe3d.data import Sample, open_dataset
+from moe3d.evaluation import Frame, flying_points
+from moe3d.integrations import patched_heads
+from moe3d.ops.dispatch import AUTO, NAMES
+from moe3d.reconstruct import output_folder, write_glb, write_ply
+from moe3d.reconstruct.comparison import METRICS, SceneComparison, compare_heads, prepare_views
+from moe3d.reconstruct.images import WIDTH, resize_note
+from moe3d.viz.comparison import encode_picture, scene_pictures
+from moe3d.viz.page import PageScene, render_page
+from moe3d.viz.pictures import depth_range
+
+ROUNDS = 5  # of timing, interleaved
+GPU_BACKENDS = ("triton", "cuda")
+
+
+@dataclass(frozen=True)
+class DemoScene:
+    """Which views of which dataset, and what the report calls them."""
+
+    name: str
+    title: str
+    about: str
+    dataset: str
+    sequence: str
+    frames: tuple[str, ...]
+
+
+def _synthetic(number: int, title: str) -> DemoScene:
+    return DemoScene(
+        name=f"synthetic-{number:06d}",
+        title=title,
+        about=f"synthetic scene {number} of the test split, never trained on",
+        dataset="synthetic",
+        sequence=f"scene-{number:06d}",
+        frames=("frame-0000", "frame-0001"),
+    )
+
+
+# The synthetic ones were chosen for their many boundaries by looking at the images alone, before there was a prediction.
+SCENES = (
+    DemoScene(
+        name="motorcycle",
+        title="Motorcycle",
+        about="a real stereo pair with measured depth (Middlebury 2014)",
+        dataset="motorcycle",
+        sequence="motorcycle",
+        frames=("left", "right"),
+    ),
+    _synthetic(5, "Bench and railings"),
+    _synthetic(7, "Boxes and a wheel"),
+    _synthetic(17, "Workshop"),
+    _synthetic(30, "Lamps and tripods"),
+)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The stock model and its patched twin: all but the depth head's tail is the same."""
+
+    stock: nn.Module
+    moe: nn.Module
+    backend: str
+    device: torch.device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="moe3d-demo", metavar="DIR", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--backend", default=AUTO, choices=NAMES, help="what computes the MoE head (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    with output_folder(args.out) as folder:
+        report = write_demo(folder, load_models(args.backend))
+    print(as_table(report))
+    print(f"\nreport: {Path(args.out) / 'report.html'}")
+
+
+def load_models(backend: str) -> Models:
+    """The shipped models, on the GPU where there is one for this backend; "auto" becomes the fastest that can run."""
+    device = torch.device("cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu")
+    if backend == AUTO:
+        candidates = (name for name, reason in moe3d.backends().items() if reason is None)
+        backend = next(name for name in candidates if (name in GPU_BACKENDS) <= (device.type == "cuda"))
+    stock, moe = (moe3d.load_mini(head).to(device) for head in ("single", "moe"))
+    for head in patched_heads(moe).values():
+        head.tail.backend = backend
+    return Models(stock, moe, backend, device)
+
+
+def write_demo(
+    folder: Path, models: Models, scenes: Sequence[DemoScene] = SCENES, width: int = WIDTH, rounds: int = ROUNDS
+) -> dict:
+    """Run the demo, write everything into a folder, and return what ``report.json`` holds.
+
+    Args:
+        folder: an empty folder.
+        models: the two models.
+        scenes: at least one; the first is the one that is timed.
+        width: of the images that the models get.
+        rounds: of timing.
+    """
+    entries, page_scenes = [], []
+    with tqdm(total=len(scenes) + rounds, disable=None, leave=False) as progress:
+        for scene in scenes:
+            progress.set_description(scene.title)
+            sample = open_dataset(scene.dataset).load(scene.sequence, scene.frames)
+            images = prepare_views(sample, width).to(models.device)
+            note = resize_note(tuple(sample.images.shape[2:]), tuple(images.shape[2:]))
+            progress.write(f"{scene.title}: {len(images)} views" + (f", {note}" if note else ""))
+            comparison = _compare(sample, images, models)
+            page_scenes.append(_write_scene(folder / scene.name, scene, comparison))
+            entries.append(_scene_entry(scene, comparison, len(images)))
+            timed_images = images if len(entries) == 1 else timed_images
+            progress.update()
+        progress.set_description("timing")
+        timing = _time(models, timed_images, rounds, progress)
+    report = _report(entries, timing, models)
+    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
+    (folder / "report.html").write_text(render_page(report, page_scenes), "utf-8")
+    return report
+
+
+def as_table(report: dict) -> str:
+    """The report's metrics as text, stock beside MoE."""
+    rows = [*((scene["name"], scene) for scene in report["scenes"]), ("mean of the scenes", report["mean"])]
+    cells = [[name, *(_cell(row[head][key]) for key in METRICS for head in ("stock", "moe"))] for name, row in rows]
+    first = max(len(name) for name, *_ in cells)
+    lines = [" " * first + "".join(f"{key:>18}" for key in METRICS)]
+    lines.append(f"{'scene':<{first}}" + "".join(f"{head:>{10 if head == 'stock' else 8}}" for _ in METRICS for head in ("stock", "MoE")))
+    for name, *values in cells:
+        lines.append(f"{name:<{first}}" + "".join(f"{value:>{10 if i % 2 == 0 else 8}}" for i, value in enumerate(values)))
+    timing = report["timing"]
+    low, high = timing["interval_percent"]
+    lines += [
+        "",
+        f"time for {timing['views']} views of {timing['size'][0]}x{timing['size'][1]}: stock {timing['stock_seconds']:.3f} s, "
+        f"MoE {timing['moe_seconds']:.3f} s, {report['overhead_percent']:+.1f}% ({low:+.1f} to {high:+.1f}); "
+        f"{report['backend']} backend on {report['device']}",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _compare(sample: Sample, images: Tensor, models: Models) -> SceneComparison:
+    """With the gate's weights, which cost time and are therefore not asked for while the clock runs."""
+    tails = [head.tail for head in patched_heads(models.moe).values()]
+    for tail in tails:
+        tail.return_experts = True
+    try:
+        return compare_heads(sample, images, models.stock, models.moe)
+    finally:
+        for tail in tails:
+            tail.return_experts = False
+
+
+def _write_scene(folder: Path, scene: DemoScene, comparison: SceneComparison) -> PageScene:
+    folder.mkdir()
+    pictures = {}
+    for name, picture in scene_pictures(comparison).items():
+        file, pictures[name] = encode_picture(name, picture)
+        (folder / file).write_bytes(pictures[name])
+    downloads = {}
+    colors = comparison.model_image.reshape(-1, 3)
+    for head, result in (("stock", comparison.stock), ("moe", comparison.moe)):
+        points = result.points.reshape(-1, 3)
+        finite = np.isfinite(points).all(axis=1)
+        for kind, write in (("glb", write_glb), ("ply", write_ply)):
+            write(folder / f"points_{head}.{kind}", points[finite], colors[finite])
+            downloads[f"points_{head}.{kind}"] = f"{scene.name}/points_{head}.{kind}"
+    return PageScene(
+        title=scene.title,
+        about=scene.about,
+        pictures=pictures,
+        depth_range=depth_range(comparison.truth, comparison.valid),
+        weights=comparison.weights,
+        downloads=downloads,
+    )
+
+
+def _scene_entry(scene: DemoScene, comparison: SceneComparison, views: int) -> dict:
+    perfect = flying_points(Frame(comparison.truth, comparison.truth, comparison.valid))
+    return {
+        "name": scene.name,
+        "stock": comparison.stock.metrics,
+        "moe": comparison.moe.metrics,
+        "truth_flying_rate": perfect.rate,
+        "views": views,
+        "size": list(comparison.truth.shape),
+        "model_size": list(comparison.entropy.shape),
+    }
+
+
+def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
+    """Both models in turn, so that whatever else the machine does hits both; the predictions before were the warm-up."""
+    seconds: dict[str, list[float]] = {"stock": [], "moe": []}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, model in (("stock", models.stock), ("moe", models.moe)):
+                seconds[name].append(time_call(lambda model=model: model(images), str(models.device)))
+            progress.update()
+    overhead = ratio_of_medians(seconds["moe"], seconds["stock"]).percent_more
+    return {
+        "overhead_percent": overhead.value,
+        "interval_percent": [overhead.low, overhead.high],
+        "stock_seconds": median(seconds["stock"]),
+        "moe_seconds": median(seconds["moe"]),
+        "rounds": rounds,
+        "views": len(images),
+        "size": list(images.shape[2:]),
+    }
+
+
+def _report(entries: list[dict], timing: dict, models: Models) -> dict:
+    return {
+        "scenes": entries,
+        "mean": {head: _means([entry[head] for entry in entries]) for head in ("stock", "moe")},
+        "overhead_percent": timing.pop("overhead_percent"),
+        "timing": timing,
+        "backend": models.backend,
+        "device": _device_name(models.device),
+        "version": moe3d.__version__,
+    }
+
+
+def _means(metrics: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Plain means over the scenes where a metric is defined."""
+    defined = {key: [m[key] for m in metrics if m[key] is not None] for key in METRICS}
+    return {key: fmean(values) if values else None for key, values in defined.items()}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
