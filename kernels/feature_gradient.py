@@ -1,5 +1,5 @@
-"""Gradient to the upsampled features: the transposed convolution, as the forward's implicit product over a band of hidden
-gradients; then the adjoint of the upsampling, which gathers for each source pixel the outputs it took part in."""
+"""Gradient to the features: the convolution's adjoint as an implicit product over a band of hidden gradients, then the
+upsampling's adjoint, which gathers for each source pixel the outputs it took part in."""
 
 from __future__ import annotations
 

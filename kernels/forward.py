@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe3d.kernels.activations import row_sum
 from moe3d.kernels.convolution import add_second_layer, hidden_group, tile_pixels
-from moe3d.kernels.mixture import decode_weights, decoded, entropy_of, experts_in_reach, row_sum, softmax, values_of
+from moe3d.kernels.mixture import decode_weights, decoded, entropy_of, experts_in_reach, softmax, values_of
 from moe3d.kernels.pack import Packed
 from moe3d.kernels.plan import Band, Launch, Mixing, Precision
 from moe3d.kernels.tables import Config

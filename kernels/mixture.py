@@ -7,7 +7,7 @@ where there is one) and O (the gate's logits). Weights are [M, KP]. OP and KP ar
 import triton
 import triton.language as tl
 
-from moe3d.kernels.activations import activation, activation_vjp, confidence, confidence_vjp, row_sum
+from moe3d.kernels.activations import activation, activation_vjp, confidence, confidence_vjp
 
 SWITCH_MIN_WEIGHT = tl.constexpr(0.01)  # experts at or below it have no say in whether the hypotheses disagree
 

@@ -1,4 +1,4 @@
-"""Small device functions that every kernel shares: operands of the matrix units, exact interpolation, elementwise maths.
+"""Small device functions that every kernel shares: operands of the matrix units, interpolation, elementwise maths.
 
 PRECISION is one of "half" (16-bit operands as they are), "tf32" and "ieee" (32-bit operands), and "upcast": 16-bit
 operands multiplied in float32, for Triton's interpreter, whose bfloat16 products are wrong.
@@ -22,12 +22,20 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def to_operand(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 values rounded to what the matrix units read. They would truncate to tf32; rounding halves the error."""
+    """float32 values rounded to what the matrix units read; they would truncate to tf32, with twice the error."""
     if PRECISION == "tf32":
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded)  # infinities and NaN as they are
+        x = round_off(x, 13)
+    elif PRECISION == "upcast" and DTYPE == tl.bfloat16:
+        x = round_off(x, 16)  # the interpreter truncates to bfloat16, where a GPU rounds
     return x.to(DTYPE)
+
+
+@triton.jit
+def round_off(x, BITS: tl.constexpr):
+    """float32 values without the last bits of their mantissas; infinities and NaN as they are."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + (1 << (BITS - 1))) & -(1 << BITS)
+    return tl.where((bits & 0x7F800000) == 0x7F800000, x, rounded.to(tl.float32, bitcast=True))
 
 
 @triton.jit

@@ -1,9 +1,9 @@
 """Parameters in the order in which the kernels read them, made once per version of the parameters.
 
 A packed set is kept per ``expert_w1`` tensor and found again while every parameter is the same tensor object, at the
-same address, at the same ``_version``; it goes away with the tensor. In-place changes that hide from the version counter
-(``p.data.add_()``) are not seen: change parameters under ``torch.no_grad()`` instead. Nothing is kept for inference
-tensors, which have no version, nor while a CUDA graph is captured, so that a replay sees the parameters of its day.
+same address, at the same ``_version``; it goes away with the tensor. In-place changes that hide from the version
+counter (``p.data.add_()``) are not seen: change parameters under ``torch.no_grad()`` instead. Nothing is kept for
+inference tensors, which have no version, nor while a CUDA graph is captured: its replays shall see later changes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Packed(NamedTuple):
 
     w1: Tensor  #          [N, C/BK, 9, BK] operands: the order in which the convolution walks over its inputs
     b1: Tensor  #          [N] float32
-    w2: Tensor  #          [N, OP*KP] operands: column o*KP + k feeds output o of expert k; row O holds the gate's logits
+    w2: Tensor  #          [N, OP*KP] operands: column o*KP + k feeds output o of expert k, row O the gate's logits
     b2: Tensor  #          [OP*KP] float32
     position: Tensor  #    [K*Hd + Hg] int64: where each hidden channel (experts first, then the gate) went
     main: Section
@@ -161,9 +161,9 @@ class Cache:
         present = [p for p in parameters if p is not None]
         if any(p.is_inference() for p in present) or _capturing(present[0]):
             return make()
-        versions = [(p.data_ptr(), p._version) for p in present]
+        versions = [(id(p), p.data_ptr(), p._version) for p in present]
         entry = self._entries.get(present[0])
-        if entry is None or entry.versions != versions or any(r() is not p for r, p in zip(entry.refs, present)):
+        if entry is None or entry.versions != versions or any(ref() is None for ref in entry.refs):
             entry = _Entry([weakref.ref(p) for p in present], versions, {})
             self._entries[present[0]] = entry
         if key not in entry.made:
@@ -173,7 +173,7 @@ class Cache:
 
 class _Entry(NamedTuple):
     refs: list[weakref.ref]
-    versions: list[tuple[int, int]]
+    versions: list[tuple[int, int, int]]
     made: dict[tuple, Any]
 
 

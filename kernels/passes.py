@@ -3,8 +3,8 @@
 Both passes are generators of launches, so that tests can compile what they cannot run. Workspaces are allocated once
 per call and reused by every band; their size depends on the image's width and on the channels, not on the batch:
 ``FORWARD_BYTES`` for the forward pass (small enough to stay in the L2 cache of the GPUs it was made for), and
-``BACKWARD_BYTES`` for the backward pass, beside the gradients themselves and partial sums of ``splits`` (16) times the 3x3 weights.
-An image so wide that one row of tiles needs more gets that row.
+``BACKWARD_BYTES`` for the backward pass, beside the gradients themselves and partial sums of ``splits`` (16) times the
+3x3 weights. An image so wide that one row of tiles needs more gets that row.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ class Backward:
 
         first_layer = needs.expert_w1 or needs.gate_w1
         others = any((needs.expert_b1, needs.expert_w2, needs.expert_b2, needs.gate_b1, needs.gate_w2, needs.gate_b2))
-        self.features = zeros(self.rows + 2, self.padded_width, self.packed.channels, wanted=True, dtype=call.precision.dtype)
-        self.hidden = zeros(self.rows, self.padded_width, n, wanted=True, dtype=call.precision.dtype)
+        operand, c = call.precision.dtype, self.packed.channels
+        self.features = zeros(self.rows + 2 * BORDER, self.padded_width, c, wanted=True, dtype=operand)
+        self.hidden = zeros(self.rows, self.padded_width, n, wanted=True, dtype=operand)
         self.grad_z = zeros(self.rows, self.padded_width, columns, wanted=True)
         self.grad_features = zeros(self.rows, width, self.packed.channels, wanted=needs.x)
         self.grad_source = zeros(*source, self.packed.channels, wanted=needs.x)
@@ -212,7 +213,7 @@ class Backward:
         if self.needs.x:
             found["x"] = self.grad_x.permute(0, 3, 1, 2)
         found["gate_logits"] = self.grad_logits
-        return Gradients(*(found[name] if wanted else None for name, wanted in zip(Gradients._fields, self.needs)))
+        return Gradients(*(found[name] if getattr(self.needs, name) else None for name in Gradients._fields))
 
 
 def _packed_for_backward(call: Call, config: Config, transposed: Config) -> tuple[Packed, Tensor]:

@@ -143,7 +143,7 @@ def sections(channels: int, max_width: int) -> tuple[Section, Section]:
 
 def expert_section(hidden: int, max_width: int) -> Section:
     """Groups that cover one expert's hidden channels alone, so that it can be left out."""
-    width = min(max_width, triton.next_power_of_2(hidden))
+    width = min(max_width, max(16, triton.next_power_of_2(hidden)))
     return Section(width, triton.cdiv(hidden, width))
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moe3d.kernels.activations import row_sum
 from moe3d.kernels.convolution import add_second_layer, hidden_group, tile_pixels
-from moe3d.kernels.mixture import mixture_vjp, row_sum
+from moe3d.kernels.mixture import mixture_vjp
 from moe3d.kernels.pack import Packed
 from moe3d.kernels.plan import Launch, Mixing, Precision
 from moe3d.kernels.tables import Config
+
+_COTANGENTS = ("d_prediction", "d_confidence", "d_entropy", "d_weights", "d_hypotheses")
 
 
 @triton.jit
@@ -103,7 +106,6 @@ def recompute(features, packed: Packed, gate_logits, cotangents, hidden, grad_z,
     ``cotangents`` are contiguous float32 tensors like the outputs, or None.
     """
     height, width = size
-    present = [c is not None for c in cotangents]
     pointers = [features if c is None else c for c in cotangents]
     return Launch(
         kernel=_recompute_kernel,
@@ -111,8 +113,8 @@ def recompute(features, packed: Packed, gate_logits, cotangents, hidden, grad_z,
         arguments=dict(
             features=features, w1=packed.w1, b1=packed.b1, w2=packed.w2, b2=packed.b2,
             gate_logits=features if gate_logits is None else gate_logits,
-            **dict(zip(("d_prediction", "d_confidence", "d_entropy", "d_weights", "d_hypotheses"), pointers)),
-            **dict(zip(("D_PREDICTION", "D_CONFIDENCE", "D_ENTROPY", "D_WEIGHTS", "D_HYPOTHESES"), present)),
+            **dict(zip(_COTANGENTS, pointers, strict=True)),
+            **{name.upper(): c is not None for name, c in zip(_COTANGENTS, cotangents, strict=True)},
             hidden=hidden, grad_z=grad_z, grad_logits=grad_z if grad_logits is None else grad_logits,
             frame=frame, first_row=rows.start, padded_width=features.shape[1], height=height, width=width,
             own_first=own.start, own_last=own.stop,

@@ -1,8 +1,8 @@
 """Launch configurations, from the data file beside this: per architecture, kernel and kind of arithmetic.
 
 The shipped table was chosen analytically (registers, shared memory and instructions of the compiled code; see
-bench/NOTES.md). With MOE3D_AUTOTUNE=1 the first call of each shape times the candidates and writes its choice, keyed by the
-GPU's name, to ``$MOE3D_CACHE/triton.json`` (``~/.cache/moe3d/triton.json``); once written it is used without the variable.
+bench/NOTES.md). With MOE3D_AUTOTUNE=1 the first call of each shape times the candidates and writes its choice, keyed
+by the GPU's name, to ``$MOE3D_CACHE/triton.json`` (``~/.cache/moe3d/triton.json``), where later calls find it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def config(kernel: str, kind: str, capability: tuple[int, int], device_name: str, shape: str = "any") -> Config:
-    """The configuration of ``kernel`` for a kind of arithmetic ("half", "tf32", "ieee") on a GPU, for a class of shapes."""
+    """The configuration of ``kernel`` for a kind of arithmetic ("half", "tf32", "ieee") and a class of shapes."""
     tuned = _read(user_file()).get(device_name, {}).get(f"{kernel}/{kind}/{shape}")
     return Config(**(tuned or _defaults()[architecture(capability)][kernel][kind]))
 

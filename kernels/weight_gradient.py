@@ -1,4 +1,4 @@
-"""Gradient to the 3x3 convolution's weights: for each tap, features transposed times hidden gradients, summed over pixels.
+"""Gradient to the 3x3 weights: for each tap, features transposed times hidden gradients, summed over pixels.
 
 Rows of the image are dealt to a fixed number of splits; a program owns its split's slot and adds to it band after band.
 """

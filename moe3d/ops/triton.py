@@ -26,6 +26,15 @@ MAX_SIDE = 32768  # the kernels multiply two pixel indices in 32 bits
 
 
 class TritonBackend(Backend):
+    """Any C, Hd, Hg, strides, batch and image size; K to 16, O to 15; float32, bfloat16 and float16.
+
+    Channels are padded with zeros to the blocks of the matrix units; multiples of 64 (C) and 32 (K*Hd + Hg) waste none.
+    """
+
+    @property
+    def automatic(self) -> bool:
+        return not _interpreting()
+
     def unavailable(self) -> str | None:
         return _no_triton() or _no_device()
 
@@ -54,7 +63,7 @@ class TritonBackend(Backend):
             backward = passes.Backward(call, given, wanted, lambda kernel: _config(kernel, call))
             for launch in backward.launches():
                 launch.run()
-            return HeadTensors(*backward.gradients(), None, None)
+            return HeadTensors(*backward.gradients(), pos_x=None, pos_y=None)
 
 
 def _call(t: HeadTensors, options: HeadOptions):
@@ -103,7 +112,7 @@ def _precision(x: Tensor, name: str):
     from moe3d.kernels.plan import Precision
 
     if name == "bf16" or (name == "auto" and x.dtype.itemsize == 2):
-        return Precision(torch.bfloat16 if name == "bf16" else x.dtype, "half" if x.is_cuda else "upcast")
+        return Precision(torch.bfloat16 if name == "bf16" else x.dtype, "upcast" if _interpreting() else "half")
     if name == "auto":
         name = "tf32" if x.is_cuda and _convolutions_use_tf32() else "ieee"
     return Precision(torch.float32, name)
@@ -168,20 +177,16 @@ def _unsupported_device(device: torch.device) -> str | None:
         return f"x is on {device.type!r}, not on a CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_GPU:
-        return f"{torch.cuda.get_device_name(device)} has compute capability {_dotted(capability)}, below {_dotted(OLDEST_GPU)}"
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {_dotted(capability)}, below {_dotted(OLDEST_GPU)}"
     return None
 
 
 def _unsupported_call(t: HeadTensors, options: HeadOptions) -> str | None:
-    experts, hidden, channels = t.expert_w1.shape[:3]
     if t.x.dtype == torch.float64:
         return "it has no float64 arithmetic"
-    widths = {"C": channels, "Hd": hidden, "Hg": t.gate_w1.shape[0] if t.has_gate else 16}
-    for name, width in widths.items():
-        if width % 16:
-            return f"{name} = {width} channels are no multiple of 16"
-    if experts > MAX_EXPERTS:
-        return f"K = {experts} experts are more than {MAX_EXPERTS}"
+    if t.expert_w1.shape[0] > MAX_EXPERTS:
+        return f"K = {t.expert_w1.shape[0]} experts are more than {MAX_EXPERTS}"
     if t.expert_w2.shape[1] > MAX_OUTPUTS:
         return f"O = {t.expert_w2.shape[1]} output channels are more than {MAX_OUTPUTS}"
     if max(options.height, options.width, *t.x.shape[2:]) > MAX_SIDE:
