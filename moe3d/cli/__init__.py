@@ -1,8 +1,8 @@
 """The command line: ``moe3d COMMAND ...``, and the same as ``python -m moe3d COMMAND ...``.
 
-A command is a module of this folder with ``add_arguments(parser)`` and ``run(args)``, and one line in ``COMMANDS``; only the
-module of the command that is asked for is imported. ``run`` returns when all is done and raises otherwise: :func:`main`
-is the one place that turns an exception into a sentence on standard error and an exit code.
+A command is a module of this folder with ``add_arguments(parser)`` and ``run(args)``, and one line in ``COMMANDS``.
+Only the module of the command that is asked for is imported. ``run`` returns when all is done and raises otherwise:
+:func:`main` is the one place that turns an exception into a sentence on standard error and an exit code.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def _termination_unwinds() -> Iterator[None]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="moe3d", allow_abbrev=False, description="Mixture-of-experts depth heads for 3D reconstruction.")
+    parser = _Parser(prog="moe3d", description="Mixture-of-experts depth heads for 3D reconstruction.")
     parser.add_argument("--version", action="version", version=f"moe3d {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked_for = next((word for word in argv if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if name == asked_for:
             module = import_module(f"moe3d.cli.{name}")
             module.add_arguments(command)

@@ -1,4 +1,4 @@
-"""``moe3d demo``: the shipped model, stock head beside MoE head, on a real stereo pair and on held-out synthetic scenes."""
+"""``moe3d demo``: the shipped model, stock head beside MoE head, on a real stereo pair and on synthetic scenes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _synthetic(number: int, title: str) -> DemoScene:
     )
 
 
-# The synthetic ones were chosen for their many boundaries by looking at the images alone, before there was a prediction.
+# The synthetic ones were chosen by their images alone, for many boundaries, before there was a model to predict them.
 SCENES = (
     DemoScene(
         name="motorcycle",
@@ -84,8 +84,8 @@ class Models:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="moe3d-demo", metavar="DIR", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--backend", default=AUTO, choices=NAMES, help="what computes the MoE head (default: %(default)s)")
+    parser.add_argument("--out", default="moe3d-demo", metavar="DIR", help="folder to write to (default: %(default)s)")
+    parser.add_argument("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -119,21 +119,21 @@ def write_demo(
         width: of the images that the models get.
         rounds: of timing.
     """
-    entries, page_scenes = [], []
+    entries, page_scenes, timed = [], [], None
     with tqdm(total=len(scenes) + rounds, disable=None, leave=False) as progress:
         for scene in scenes:
             progress.set_description(scene.title)
             sample = open_dataset(scene.dataset).load(scene.sequence, scene.frames)
             images = prepare_views(sample, width).to(models.device)
             note = resize_note(tuple(sample.images.shape[2:]), tuple(images.shape[2:]))
-            progress.write(f"{scene.title}: {len(images)} views" + (f", {note}" if note else ""))
+            progress.write(f"{scene.title}: {len(images)} views, {note or 'as they are'}")
             comparison = _compare(sample, images, models)
             page_scenes.append(_write_scene(folder / scene.name, scene, comparison))
             entries.append(_scene_entry(scene, comparison, len(images)))
-            timed_images = images if len(entries) == 1 else timed_images
+            timed = images if timed is None else timed
             progress.update()
-        progress.set_description("timing")
-        timing = _time(models, timed_images, rounds, progress)
+        progress.set_description("Timing")
+        timing = _time(models, timed, rounds, progress)
     report = _report(entries, timing, models)
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
     (folder / "report.html").write_text(render_page(report, page_scenes), "utf-8")
@@ -141,27 +141,30 @@ def write_demo(
 
 
 def as_table(report: dict) -> str:
-    """The report's metrics as text, stock beside MoE."""
-    rows = [*((scene["name"], scene) for scene in report["scenes"]), ("mean of the scenes", report["mean"])]
-    cells = [[name, *(_cell(row[head][key]) for key in METRICS for head in ("stock", "moe"))] for name, row in rows]
-    first = max(len(name) for name, *_ in cells)
-    lines = [" " * first + "".join(f"{key:>18}" for key in METRICS)]
-    lines.append(f"{'scene':<{first}}" + "".join(f"{head:>{10 if head == 'stock' else 8}}" for _ in METRICS for head in ("stock", "MoE")))
-    for name, *values in cells:
-        lines.append(f"{name:<{first}}" + "".join(f"{value:>{10 if i % 2 == 0 else 8}}" for i, value in enumerate(values)))
-    timing = report["timing"]
-    low, high = timing["interval_percent"]
-    lines += [
-        "",
-        f"time for {timing['views']} views of {timing['size'][0]}x{timing['size'][1]}: stock {timing['stock_seconds']:.3f} s, "
-        f"MoE {timing['moe_seconds']:.3f} s, {report['overhead_percent']:+.1f}% ({low:+.1f} to {high:+.1f}); "
-        f"{report['backend']} backend on {report['device']}",
+    """The report's metrics as text, stock beside MoE, and the time."""
+    rows = [(scene["name"], scene) for scene in report["scenes"]] + [("mean of the scenes", report["mean"])]
+    widest = max(len(name) for name, _ in rows)
+    lines = [
+        " " * widest + "".join(f"{key:>20}" for key in METRICS),
+        "scene".ljust(widest) + "     stock       MoE" * len(METRICS),
     ]
-    return "\n".join(lines)
+    for name, heads in rows:
+        values = (heads[head][key] for key in METRICS for head in ("stock", "moe"))
+        lines.append(
+            name.ljust(widest) + "".join(f"{'-' if value is None else f'{value:.3f}':>10}" for value in values)
+        )
+    return "\n".join([*lines, "", _time_line(report)])
 
 
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _time_line(report: dict) -> str:
+    timing = report["timing"]
+    height, width = timing["size"]
+    low, high = timing["interval_percent"]
+    return (
+        f"{timing['views']} views of {height}x{width}: stock {timing['stock_seconds']:.3f} s, "
+        f"MoE {timing['moe_seconds']:.3f} s, overhead {report['overhead_percent']:+.1f}% ({low:+.1f} to {high:+.1f}), "
+        f"{report['backend']} backend, {report['device']}"
+    )
 
 
 def _compare(sample: Sample, images: Tensor, models: Models) -> SceneComparison:
@@ -214,7 +217,7 @@ def _scene_entry(scene: DemoScene, comparison: SceneComparison, views: int) -> d
 
 
 def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
-    """Both models in turn, so that whatever else the machine does hits both; the predictions before were the warm-up."""
+    """Both models in turn, so that what else the machine does hits both; the predictions before were the warm-up."""
     seconds: dict[str, list[float]] = {"stock": [], "moe": []}
     with torch.inference_mode():
         for _ in range(rounds):
@@ -241,6 +244,7 @@ def _report(entries: list[dict], timing: dict, models: Models) -> dict:
         "timing": timing,
         "backend": models.backend,
         "device": _device_name(models.device),
+        "parameters": sum(parameter.numel() for parameter in models.stock.parameters()),
         "version": moe3d.__version__,
     }
 

@@ -71,7 +71,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Image.DecompressionBombError:
-        raise ValueError(f"{path} has more than {MAX_PIXELS // 1_000_000} megapixels, too many to be read safely") from None
+        raise ValueError(f"{path} has more than {MAX_PIXELS // 10**6} megapixels, too many to be read safely") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image in a format that can be read") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files

@@ -15,11 +15,20 @@ INVALID = np.array([128, 128, 128], dtype=np.uint8)
 
 _ANCHORS = {
     # Lightness falls steadily, so that the map also reads in grey: pale yellow (near) over red to night blue (far).
-    "depth": [(0.96, 0.07, 105), (0.84, 0.15, 80), (0.70, 0.19, 48), (0.56, 0.20, 18), (0.42, 0.17, 340), (0.29, 0.12, 300), (0.17, 0.06, 275)],
+    "depth": [
+        (0.96, 0.07, 105), (0.84, 0.15, 80), (0.70, 0.19, 48), (0.56, 0.20, 18), (0.42, 0.17, 340), (0.29, 0.12, 300),
+        (0.17, 0.06, 275),
+    ],
     # Blue (too near) over white (right) to orange red (too far), lightness alike on both sides.
-    "error": [(0.40, 0.15, 262), (0.55, 0.16, 258), (0.76, 0.10, 250), (0.97, 0.00, 250), (0.76, 0.14, 58), (0.60, 0.18, 40), (0.44, 0.15, 32)],
+    "error": [
+        (0.40, 0.15, 262), (0.55, 0.16, 258), (0.76, 0.10, 250), (0.97, 0.00, 250), (0.76, 0.14, 58), (0.60, 0.18, 40),
+        (0.44, 0.15, 32),
+    ],
     # Night violet (sure) over green to pale yellow (undecided).
-    "entropy": [(0.18, 0.06, 300), (0.36, 0.09, 265), (0.52, 0.09, 205), (0.68, 0.13, 160), (0.84, 0.17, 125), (0.96, 0.12, 105)],
+    "entropy": [
+        (0.18, 0.06, 300), (0.36, 0.09, 265), (0.52, 0.09, 205), (0.68, 0.13, 160), (0.84, 0.17, 125),
+        (0.96, 0.12, 105),
+    ],
 }  # fmt: skip
 
 
@@ -48,7 +57,7 @@ def apply_colormap(values: np.ndarray, name: str) -> np.ndarray:
 
 @cache
 def expert_colors(count: int) -> np.ndarray:
-    """One colour per expert, [count, 3] uint8: hues evenly around the circle, yellows light and blues dark; read only."""
+    """One colour per expert, [count, 3] uint8: hues evenly around the circle, yellow light and blue dark; read only."""
     hue = np.radians(255 + 360 * np.arange(count) / count)
     lightness = 0.69 + 0.13 * np.cos(hue - np.radians(95))
     lab = np.stack([lightness, 0.15 * np.cos(hue), 0.15 * np.sin(hue)], axis=1)

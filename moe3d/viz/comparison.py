@@ -33,10 +33,10 @@ _PHOTOGRAPHIC = ("input", "points", "detail_input")
 def scene_pictures(scene: SceneComparison) -> dict[str, np.ndarray]:
     """Pictures by name, [H, W, 3] uint8.
 
-    ``input``, ``depth_truth``, ``gate``, ``entropy``; with ``_stock`` and ``_moe`` at the end ``depth``, ``error``, ``flying`` (on
-    the ground truth's grid), ``points`` (the cloud from the side) and ``detail`` (a part of the depth on the ground
-    truth's grid, beside ``detail_input`` and ``detail_truth``: the part with the most true boundary pixels, whatever was
-    predicted there). All depths have the colours of the truth's range.
+    ``input``, ``depth_truth``, ``gate``, ``entropy``; with ``_stock`` and ``_moe`` at the end ``depth``, ``error``,
+    ``flying`` (on the ground truth's grid), ``points`` (the cloud from the side) and ``detail`` (a part of the depth on
+    the ground truth's grid, beside ``detail_input`` and ``detail_truth``: the part with the most true boundary pixels,
+    whatever was predicted there). All depths have the colours of the truth's range.
     """
     near_far = depth_range(scene.truth, scene.valid)
     truth = depth_picture(np.where(scene.valid, scene.truth, np.nan), *near_far)
@@ -64,27 +64,23 @@ def scene_pictures(scene: SceneComparison) -> dict[str, np.ndarray]:
 def encode_picture(name: str, picture: np.ndarray) -> tuple[str, bytes]:
     """A picture of :func:`scene_pictures` as a file: its name with suffix, and its content.
 
-    What looks like a photograph becomes a JPEG file; maps become PNG files, with a palette where 256 colours are enough.
+    What looks like a photograph becomes a JPEG file, a map a PNG file, with a palette where 256 colours are enough.
     """
     image, buffer = Image.fromarray(picture), io.BytesIO()
     if name.startswith(_PHOTOGRAPHIC):
         image.save(buffer, "JPEG", quality=90, subsampling=0)
         return f"{name}.jpg", buffer.getvalue()
-    colors = image.getcolors(256)
-    if colors is not None:
-        palette = np.array([color for _, color in colors], dtype=np.uint8)
-        image = _with_palette(picture, palette)
+    if image.getcolors(256) is not None:
+        image = _with_palette(picture)
     image.save(buffer, "PNG")
     return f"{name}.png", buffer.getvalue()
 
 
-def _with_palette(picture: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """An exact palette image of a picture that has no other colours."""
-    number = np.array([1 << 16, 1 << 8, 1])
-    order = np.argsort(palette @ number)
-    index = np.searchsorted((palette @ number)[order], picture @ number)
-    image = Image.fromarray(index.astype(np.uint8), "P")
-    image.putpalette(palette[order].ravel().tolist())
+def _with_palette(picture: np.ndarray) -> Image.Image:
+    """An exact palette image of a picture of at most 256 colours."""
+    colors, index = np.unique(picture @ np.array([1 << 16, 1 << 8, 1]), return_inverse=True)
+    image = Image.fromarray(index.reshape(picture.shape[:2]).astype(np.uint8))
+    image.putpalette(np.stack([colors >> 16, colors >> 8 & 255, colors & 255], axis=1).ravel().tolist())
     return image
 
 
@@ -103,7 +99,7 @@ def _from_the_side(head: HeadResult, scene: SceneComparison) -> np.ndarray:
     middle = np.array([0, 0, np.median(scene.truth[scene.valid])])
     points, colors = head.points.reshape(-1, 3), scene.model_image.reshape(-1, 3)
     (yaw_cos, pitch_cos), (yaw_sin, pitch_sin) = np.cos(ORBIT), np.sin(ORBIT)
-    yaw = np.array([[yaw_cos, 0, yaw_sin], [0, 1, 0], [-yaw_sin, 0, yaw_cos]])
+    yaw = np.array([[yaw_cos, 0, -yaw_sin], [0, 1, 0], [yaw_sin, 0, yaw_cos]])
     pitch = np.array([[1, 0, 0], [0, pitch_cos, -pitch_sin], [0, pitch_sin, pitch_cos]])
     turned = (points - middle) @ (pitch @ yaw).T + middle
     return point_picture(turned, colors, (height, width), focal=width)

@@ -18,7 +18,7 @@ from moe3d.viz.colors import colormap, expert_colors
 from moe3d.viz.pictures import ERROR_LIMIT, FLYING, LANDED
 
 SAME = 0.01
-"""Two values that differ by less than this fraction are called about the same."""
+"""Two values that differ by no more than this fraction of the larger are called about the same."""
 
 
 class Metric(NamedTuple):
@@ -31,11 +31,33 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "abs_rel": Metric("AbsRel", False, ".3f", "mean of |predicted − true| / true depth, after scaling each prediction by one number (ratio of medians)"),
-    "delta1": Metric("δ1", True, ".3f", "fraction of pixels whose predicted depth is within a factor of 1.25 of the truth, scaled likewise"),
-    "si_f1": Metric("Boundary F1", True, ".3f", "do depth edges stand on the very pixel where true ones do; precision and recall in one number, over ten thresholds (Depth Pro)"),
-    "flying_rate": Metric("Flying points", False, ".1%", "fraction of true boundary pixels whose prediction hangs between the near and the far surface, and lies on neither"),
-}  # fmt: skip
+    "abs_rel": Metric(
+        "AbsRel",
+        False,
+        ".3f",
+        "mean of |predicted − true| / true depth, each prediction scaled by one number, the ratio of the medians",
+    ),
+    "delta1": Metric(
+        "δ1",
+        True,
+        ".3f",
+        "fraction of pixels whose predicted depth, scaled likewise, is within a factor of 1.25 of the truth",
+    ),
+    "si_f1": Metric(
+        "Boundary F1",
+        True,
+        ".3f",
+        "do depth edges stand on the very pixels where true ones do: precision and recall in one number, over ten "
+        "thresholds (Depth Pro’s protocol)",
+    ),
+    "flying_rate": Metric(
+        "Flying points",
+        False,
+        ".1%",
+        "fraction of true boundary pixels whose prediction hangs between the near and the far surface, on neither",
+    ),
+}
+_LAYERS = {"depth": "Depth", "error": "Error", "flying": "Flying points", "points": "Side view"}
 
 
 @dataclass(frozen=True)
@@ -59,14 +81,15 @@ def render_page(report: Mapping, scenes: Sequence[PageScene]) -> str:
 
     Args:
         report: as ``moe3d demo`` writes it to ``report.json``.
-        scenes: one for each of ``report["scenes"]``, in the same order.
+        scenes: at least one; one for each of ``report["scenes"]``, in the same order.
     """
+    sections = [_scene(numbers, scene) for numbers, scene in zip(report["scenes"], scenes, strict=True)]
     content = "\n".join(
         [
-            _header(report),
+            _header(report, num_experts=len(scenes[0].weights)),
             "<main>",
             _table(report, scenes),
-            *(_scene(numbers, scene) for numbers, scene in zip(report["scenes"], scenes, strict=True)),
+            *sections,
             "</main>",
             _footer(report),
         ]
@@ -74,24 +97,27 @@ def render_page(report: Mapping, scenes: Sequence[PageScene]) -> str:
     return files("moe3d.viz").joinpath("page.html").read_text("utf-8").replace("{{content}}", content)
 
 
-def compare_words(stock: Mapping[str, float | None], moe: Mapping[str, float | None]) -> str:
-    """What the MoE head does better, worse and alike, with the numbers."""
+def compare_words(stock: Mapping[str, float | None], moe: Mapping[str, float | None], with_values: bool = True) -> str:
+    """What the MoE head does better, worse and about as well, in a sentence."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "about the same": []}
     for key, metric in METRICS.items():
         judgement = _judge(key, stock[key], moe[key])
         if judgement is not None:
-            groups[judgement].append(f"{metric.name} {_text(key, stock[key])} → {_text(key, moe[key])}")
+            values = f" {_text(key, stock[key])} → {_text(key, moe[key])}" if with_values else ""
+            groups[judgement].append(metric.name + values)
     parts = [f"{judgement}: {', '.join(entries)}" for judgement, entries in groups.items() if entries]
     return f"With the MoE head, {'; '.join(parts)}." if parts else "Nothing can be compared here."
 
 
 def gate_words(weights: np.ndarray) -> str:
-    """How the gate [K, h, w] shares the pixels out."""
+    """How the gate [K, H, W] shares the pixels out, in a sentence."""
     leads = np.bincount(weights.argmax(axis=0).ravel(), minlength=len(weights)) / weights[0].size
     used = int((leads >= 0.01).sum())
     decided = float((weights.max(axis=0) >= 0.9).mean())
-    experts = f"{used} of {len(weights)} experts lead" if used > 1 else "One expert leads"
-    return f"{experts} on at least 1% of the pixels; one holds 90% of the weight or more on {decided:.0%} of them."
+    return (
+        f"{used} of {len(weights)} experts lead{'s' if used == 1 else ''} on 1% of the pixels or more; "
+        f"on {decided:.0%} of all pixels one holds at least 90% of the weight."
+    )
 
 
 def _judge(key: str, stock: float | None, moe: float | None) -> str | None:
@@ -106,14 +132,15 @@ def _text(key: str, value: float | None) -> str:
     return "–" if value is None else format(value, METRICS[key].form)
 
 
-def _header(report: Mapping) -> str:
+def _header(report: Mapping, num_experts: int) -> str:
     mean = report["mean"]
-    words = compare_words(mean["stock"], mean["moe"])
+    words = compare_words(mean["stock"], mean["moe"], with_values=False)
     return f"""<header>
 <p class="brand">moe3d<span>{escape(report["version"])} · demo</span></p>
 <h1>A depth head, and a mixture of experts in its place</h1>
-<p class="lead">The same small network, twice: once with its stock depth head, once with K experts and a gate instead of the
-head’s last block. <strong>{escape(words)}</strong> These are means over {len(report["scenes"])} scenes that neither head was trained on.</p>
+<p class="lead">One small network, twice: with its stock depth head, and with {num_experts} experts and a gate in place
+of that head’s last block. <strong>{escape(words)}</strong> The figures are means over the
+{len(report["scenes"])} scenes below; neither head was trained on them.</p>
 <div class="tiles">{"".join(_tile(key, mean) for key in METRICS)}{_time_tile(report)}</div>
 </header>"""
 
@@ -121,19 +148,23 @@ head’s last block. <strong>{escape(words)}</strong> These are means over {len(
 def _tile(key: str, mean: Mapping) -> str:
     stock, moe = mean["stock"][key], mean["moe"][key]
     judgement = _judge(key, stock, moe)
-    change = "" if judgement is None or not stock else f"{moe / stock - 1:+.1%} · {judgement}"
-    tone = {"better": "good", "worse": "bad"}.get(judgement or "", "")
+    change = judgement or "not defined here"
+    if judgement and stock:
+        change = f"{moe / stock - 1:+.1%} · {judgement}"
+    tone = {"better": "good", "worse": "bad"}.get(change.split(" · ")[-1], "")
     return f"""<div class="tile"><h3>{METRICS[key].name}</h3>
-<div class="pair"><small>{_text(key, stock)} →</small> {_text(key, moe)}</div><div class="change {tone}">{change}</div></div>"""
+<div class="pair"><small>{_text(key, stock)} →</small> {_text(key, moe)}</div>
+<div class="change {tone}">{change}</div></div>"""
 
 
 def _time_tile(report: Mapping) -> str:
     timing = report["timing"]
     low, high = timing["interval_percent"]
     stock, moe = (_duration(timing[f"{head}_seconds"]) for head in ("stock", "moe"))
+    overhead = f"{report['overhead_percent']:+.0f}% ({low:+.0f} to {high:+.0f})"
     return f"""<div class="tile"><h3>Time for {timing["views"]} views</h3>
 <div class="pair"><small>{stock} →</small> {moe}</div>
-<div class="change">{report["overhead_percent"]:+.0f}% ({low:+.0f} to {high:+.0f}) · {escape(report["backend"])} backend</div></div>"""
+<div class="change">{overhead} · {escape(report["backend"])} backend</div></div>"""
 
 
 def _duration(seconds: float) -> str:
@@ -142,13 +173,12 @@ def _duration(seconds: float) -> str:
 
 def _table(report: Mapping, scenes: Sequence[PageScene]) -> str:
     names = "".join(f'<th colspan="2" scope="colgroup">{metric.name}</th>' for metric in METRICS.values())
-    heads = "".join('<th scope="col">stock</th><th scope="col" class="moe">MoE</th>' for _ in METRICS)
+    heads = '<th scope="col">stock</th><th scope="col" class="moe">MoE</th>' * len(METRICS)
     rows = [_row(scene.title, numbers) for numbers, scene in zip(report["scenes"], scenes, strict=True)]
-    rows.append(_row("Mean of the scenes", report["mean"]))
     return f"""<section class="card"><div class="scroll"><table>
 <caption>All scenes</caption>
 <thead><tr><th></th>{names}</tr><tr><th scope="col">Scene</th>{heads}</tr></thead>
-<tbody>{"".join(rows)}</tbody></table></div></section>"""
+<tbody>{"".join(rows)}{_row("Mean", report["mean"])}</tbody></table></div></section>"""
 
 
 def _row(title: str, numbers: Mapping) -> str:
@@ -163,45 +193,54 @@ def _row(title: str, numbers: Mapping) -> str:
 
 def _scene(numbers: Mapping, scene: PageScene) -> str:
     pictures = {name: _data_uri(file) for name, file in scene.pictures.items()}
-    size, model_size = ("×".join(map(str, reversed(numbers[key]))) for key in ("size", "model_size"))
-    floor = numbers["truth_flying_rate"]
-    words = compare_words(numbers["stock"], numbers["moe"])
-    if floor:
-        words += f" The truth itself counts {floor:.1%} flying points here, where three surfaces meet in one window: no head gets below that by being right."
+    given = (
+        f"{numbers['views']} views of {_size(numbers['size'])}, given to the model at {_size(numbers['model_size'])}"
+    )
     downloads = " · ".join(f'<a href="{escape(path)}">{escape(what)}</a>' for what, path in scene.downloads.items())
     return f"""<section class="card scene">
-<header><h2>{escape(scene.title)}</h2><p>{escape(scene.about)}; {numbers["views"]} views of {size}, given to the model at {model_size}</p></header>
+<header><h2>{escape(scene.title)}</h2><p>{escape(scene.about)}; {given}</p></header>
 <div class="grid">
 {_compare(scene, pictures)}
 <div class="side">
-{_figure(pictures["input"], f"Input view of {scene.title}", "<b>Input</b>, the first view")}
-{_figure(pictures["depth_truth"], f"True depth of {scene.title}", "<b>True depth</b>, in the same colours; grey where unknown")}
+{_figure(pictures["input"], f"Input, {scene.title}", "<b>Input</b>, the first view")}
+{_figure(pictures["depth_truth"], f"True depth, {scene.title}", "<b>True depth</b>, same colours; grey where unknown")}
 </div>
 {_gate_figure(scene, pictures)}
 {_entropy_figure(scene, pictures)}
 {_detail_figure(scene, pictures)}
 </div>
-<p class="words">{escape(words)}</p>
+<p class="words">{escape(_scene_words(numbers))}</p>
 <p class="files">In this page’s folder: {downloads}</p>
 </section>"""
 
 
+def _scene_words(numbers: Mapping) -> str:
+    words = compare_words(numbers["stock"], numbers["moe"])
+    floor = numbers["truth_flying_rate"]
+    if floor:
+        words += (
+            f" A perfect prediction would count {floor:.1%} flying points, where a window holds more than two surfaces."
+        )
+    return words
+
+
 def _compare(scene: PageScene, pictures: Mapping[str, str]) -> str:
-    layers = {"depth": "Depth", "error": "Error", "flying": "Flying points", "points": "Cloud from the side"}
     buttons = "".join(
-        f'<button type="button" value="{layer}" aria-pressed="{"true" if layer == "depth" else "false"}">{label}</button>'
-        for layer, label in layers.items()
+        f'<button type="button" value="{layer}" aria-pressed="{str(layer == "depth").lower()}">{label}</button>'
+        for layer, label in _LAYERS.items()
     )
-    images = "".join(
-        f'<img class="{head} {layer}" src="{pictures[f"{layer}_{head}"]}" alt="{label}, {called} head" draggable="false">'
-        for layer, label in layers.items()
-        for head, called in (("moe", "MoE"), ("stock", "stock"))
+    images = "\n".join(
+        f'<img class="{head} {layer}" src="{pictures[f"{layer}_{head}"]}" alt="{label}, {spoken} head">'
+        for layer, label in _LAYERS.items()
+        for head, spoken in (("moe", "MoE"), ("stock", "stock"))
     )
     _, height, width = scene.weights.shape
+    label = f"Divider on {escape(scene.title)}: the stock head to its left, the MoE head to its right"
     return f"""<figure class="compare">
 <div class="layers" role="group" aria-label="What to show">{buttons}</div>
-<div class="stage" data-layer="depth" style="aspect-ratio: {width} / {height}">{images}
-<input type="range" min="0" max="100" step="1" value="50" aria-label="Divider: stock head to the left, MoE head to the right, {escape(scene.title)}">
+<div class="stage" data-layer="depth" style="aspect-ratio: {width} / {height}">
+{images}
+<input type="range" min="0" max="100" step="1" value="50" aria-label="{label}">
 <div class="handle" aria-hidden="true"></div><span class="tag stock">Stock</span><span class="tag moe">MoE</span></div>
 {_legends(scene)}
 </figure>"""
@@ -209,54 +248,66 @@ def _compare(scene: PageScene, pictures: Mapping[str, str]) -> str:
 
 def _legends(scene: PageScene) -> str:
     near, far = scene.depth_range
-    depth = f"<span>{near:.1f} m</span>{_ramp('depth')}<span>{far:.1f} m</span><span>(logarithmic)</span>"
-    error = (
-        f"<span>too near, ×{1 / ERROR_LIMIT:.2f} or less</span>{_ramp('error')}<span>too far, ×{ERROR_LIMIT:.2f} or more</span>"
-    )
-    flying = f"<span>At true boundaries the prediction</span>{_swatch(FLYING, 'flies between two surfaces')}{_swatch(LANDED, 'does not')}"
-    points = "<span>The predicted points, seen from the left and above: what hangs between surfaces is a flying point</span>"
+    legends = {
+        "depth": f"<span>{near:.1f} m</span>{_ramp('depth')}<span>{far:.1f} m, logarithmic</span>",
+        "error": f"<span>too near, ×{1 / ERROR_LIMIT:.2f} or less</span>{_ramp('error')}"
+        f"<span>too far, ×{ERROR_LIMIT:.2f} or more</span>",
+        "flying": f"<span>At true boundaries, the prediction</span>{_swatch(FLYING, 'flies between two surfaces')}"
+        f"{_swatch(LANDED, 'does not')}",
+        "points": "<span>The predicted points, seen from the left and above. What hangs between surfaces flies.</span>",
+    }
     return "".join(
         f'<figcaption class="legend {"shown" if layer == "depth" else ""}" data-layer="{layer}">{legend}</figcaption>'
-        for layer, legend in (("depth", depth), ("error", error), ("flying", flying), ("points", points))
+        for layer, legend in legends.items()
     )
 
 
 def _gate_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
-    share = scene.weights.mean(axis=(1, 2))
-    swatches = "".join(
-        _swatch(color, f"{k}: {part:.0%}") for k, (color, part) in enumerate(zip(expert_colors(len(share)), share), start=1)
-    )
+    shares = scene.weights.mean(axis=(1, 2))
+    colors = expert_colors(len(shares))
+    swatches = "".join(_swatch(colors[k], f"{k + 1}: {share:.0%}") for k, share in enumerate(shares))
     caption = f"<b>Gate</b>: each expert’s colour, mixed by its weight. {gate_words(scene.weights)}"
     legend = f'<div class="legend always">{swatches}</div>'
-    return _figure(pictures["gate"], f"Gate weights on {scene.title}", caption + legend, "third")
+    return _figure(pictures["gate"], f"Gate, {scene.title}", caption + legend, "third")
 
 
 def _entropy_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
     caption = "<b>Entropy</b> of the gate: how undecided it is between experts."
-    legend = f'<div class="legend always"><span>sure</span>{_ramp("entropy")}<span>log {len(scene.weights)}</span></div>'
-    return _figure(pictures["entropy"], f"Gate entropy on {scene.title}", caption + legend, "third")
+    ends = f"<span>sure</span>{_ramp('entropy')}<span>undecided (log {len(scene.weights)})</span>"
+    legend = f'<div class="legend always">{ends}</div>'
+    return _figure(pictures["entropy"], f"Entropy, {scene.title}", caption + legend, "third")
 
 
 def _detail_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
     crops = "".join(
-        f'<div><img src="{pictures[f"detail_{name}"]}" alt="Detail of {escape(scene.title)}: {label}"><span class="tag">{label}</span></div>'
-        for name, label in (("input", "input"), ("truth", "true depth"), ("stock", "stock"), ("moe", "MoE"))
+        f'<div><img src="{pictures[f"detail_{name}"]}" alt="Detail, {label}"><span class="tag">{label}</span></div>'
+        for name, label in (("input", "input"), ("truth", "truth"), ("stock", "stock"), ("moe", "MoE"))
     )
-    caption = "<b>Detail</b>, where true boundaries are densest."
+    caption = "<b>Detail</b>, where true boundaries are densest, whatever was predicted there."
     return f'<figure class="third detail"><div class="crops">{crops}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _figure(source: str, description: str, caption: str, kind: str = "") -> str:
-    return f'<figure class="{kind}"><img src="{source}" alt="{escape(description)}"><figcaption>{caption}</figcaption></figure>'
+    image = f'<img src="{source}" alt="{escape(description)}">'
+    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
+
+
+def _size(size: Sequence[int]) -> str:
+    """(height, width) as people say it."""
+    return f"{size[1]}×{size[0]}"
 
 
 def _swatch(color: np.ndarray, label: str) -> str:
-    return f'<span><i class="swatch" style="background: rgb({" ".join(map(str, color))})"></i>{label}</span>'
+    return f'<span><i class="swatch" style="background: {_css(color)}"></i>{label}</span>'
 
 
 def _ramp(name: str) -> str:
-    stops = ", ".join(f"rgb({' '.join(map(str, color))})" for color in colormap(name)[::15])
+    stops = ", ".join(map(_css, colormap(name)[::15]))
     return f'<span class="ramp" style="background: linear-gradient(90deg, {stops})"></span>'
+
+
+def _css(color: np.ndarray) -> str:
+    return f"rgb({' '.join(map(str, color))})"
 
 
 def _data_uri(file: bytes) -> str:
@@ -270,9 +321,10 @@ def _footer(report: Mapping) -> str:
     return f"""<footer>
 <h2>How to read this</h2>
 <dl>{meanings}</dl>
-<p>Backbone, camera and everything of the depth head before its last block are the same weights in both. The network has about
-4 million parameters and was trained on synthetic scenes only: it shows what the head changes, not how well a large model
-reconstructs. In bold: the better of two values that differ by more than {SAME:.0%}.</p>
-<p>Time: {timing["views"]} views of {"×".join(map(str, reversed(timing["size"])))} through the whole network, median of {timing["rounds"]} interleaved
-rounds on {escape(report["device"])}; the brackets hold the 95% interval of the overhead.</p>
+<p>The backbone, the camera head and all of the depth head before its last block are the same weights in both. With
+{report["parameters"] / 1e6:.1f} million parameters it is a model to see the head’s effect on, not one that reconstructs
+well. Only the first view of each scene is shown and judged. In bold: the better of two values that differ by more than
+{SAME:.0%}.</p>
+<p>Time: {timing["views"]} views of {_size(timing["size"])} through the whole network, {escape(report["device"])},
+medians of {timing["rounds"]} interleaved rounds; in brackets the 95% interval of the overhead.</p>
 </footer>"""

@@ -66,7 +66,7 @@ def entropy_picture(entropy: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def flying_picture(image: np.ndarray, flying: np.ndarray, boundary: np.ndarray) -> np.ndarray:
-    """Boundary pixels marked on a darkened grey image: ``FLYING`` where the prediction flies, ``LANDED`` where it does not.
+    """Boundary pixels marked on a darkened grey image: ``FLYING`` where the prediction flies, ``LANDED`` elsewhere.
 
     Args:
         image: [H, W, 3] uint8.
