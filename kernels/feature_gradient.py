@@ -14,7 +14,7 @@ from moe3d.kernels.plan import Launch, Precision
 from moe3d.kernels.tables import Config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded_width", "width"])
 def _feature_gradient_kernel(hidden, weights, grad_features, rows, padded_width, width,
                              CHANNELS: tl.constexpr, N: tl.constexpr, BLOCK_C: tl.constexpr,
                              M: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -47,7 +47,18 @@ def feature_gradient(hidden, weights, grad_features, rows: int, precision: Preci
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_row",
+        "rows",
+        "source_height",
+        "source_width",
+        "height",
+        "width",
+        "most_rows",
+        "most_columns",
+    ]
+)
 def _downsample_kernel(grad_features, grad_x, first_row, rows, source_height, source_width, height, width,
                        most_rows, most_columns, CHANNELS: tl.constexpr, BLOCK_W: tl.constexpr,
                        BLOCK_C: tl.constexpr):  # fmt: skip

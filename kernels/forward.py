@@ -18,7 +18,7 @@ from moe3d.kernels.plan import Band, Launch, Mixing, Precision
 from moe3d.kernels.tables import Config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_frame", "first_row", "band_rows", "padded_width", "height", "width"])
 def _forward_kernel(features, w1, b1, w2, b2, gate_logits, prediction, confidence, entropy, weights, hypotheses,
                     first_frame, first_row, band_rows, padded_width, height, width,
                     temperature, log_experts, ratio, skip_below,

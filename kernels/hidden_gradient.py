@@ -14,7 +14,7 @@ from moe3d.kernels.pack import Packed
 from moe3d.kernels.plan import Launch, Precision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "padded_width", "height", "width", "own_first", "own_last"])
 def _hidden_gradient_kernel(hidden, grad_z, w2, sum_w2, sum_b1, sum_b2, first_row, padded_width, height, width,
                             own_first, own_last, N: tl.constexpr, COLUMNS: tl.constexpr, PARAMETERS: tl.constexpr,
                             BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip

@@ -52,7 +52,6 @@ class Packed(NamedTuple):
         """C, padded to a multiple of BK."""
         return self.w1.shape[1] * self.block_k
 
-
     def arguments(self) -> dict[str, Any]:
         return dict(
             CHANNELS=self.channels,

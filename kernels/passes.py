@@ -48,6 +48,13 @@ class Call(NamedTuple):
     precision: Precision
     multiprocessors: int
 
+    @property
+    def shape_class(self) -> str:
+        """What the best launch configuration depends on: channels in, hidden channels, whether experts are skipped."""
+        w1, gate = self.parameters.expert_w1, self.parameters.gate_w1
+        n = w1.shape[0] * w1.shape[1] + (0 if gate is None else gate.shape[0])
+        return f"C{w1.shape[2]}-N{n}" + ("-skip" if self.skip_below > 0 else "")
+
 
 class Outputs(NamedTuple):
     prediction: Tensor  #         [B, P, H, W]

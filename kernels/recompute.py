@@ -19,7 +19,7 @@ from moe3d.kernels.tables import Config
 _COTANGENTS = ("d_prediction", "d_confidence", "d_entropy", "d_weights", "d_hypotheses")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frame", "first_row", "padded_width", "height", "width", "own_first", "own_last"])
 def _recompute_kernel(features, w1, b1, w2, b2, gate_logits,
                       d_prediction, d_confidence, d_entropy, d_weights, d_hypotheses,
                       hidden, grad_z, grad_logits,

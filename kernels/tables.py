@@ -65,9 +65,9 @@ def is_tuned(kernel: str, kind: str, device_name: str, shape: str) -> bool:
 
 
 def tune(kernel: str, kind: str, device_name: str, shape: str, options: Sequence[Config],
-         seconds: Callable[[Config], float]) -> Config:  # fmt: skip
+         time: Callable[[Config], float]) -> Config:  # fmt: skip
     """Times each candidate and writes the fastest; one that cannot be launched (too much shared memory) is left out."""
-    timed = [(t, c) for c in options if (t := _attempt(seconds, c)) is not None]
+    timed = [(t, c) for c in options if (t := _attempt(time, c)) is not None]
     if not timed:
         raise RuntimeError(f"none of {len(options)} launch configurations of {kernel!r} ({kind}) runs on {device_name}")
     best = min(timed, key=lambda pair: pair[0])[1]
@@ -82,11 +82,11 @@ def user_file() -> Path:
     return Path(root) / "triton.json"
 
 
-def _attempt(seconds: Callable[[Config], float], config: Config) -> float | None:
+def _attempt(time: Callable[[Config], float], config: Config) -> float | None:
     from triton.runtime.errors import OutOfResources
 
     try:
-        return seconds(config)
+        return time(config)
     except OutOfResources:
         return None
 

@@ -13,7 +13,18 @@ from moe3d.kernels.numerics import source_position, to_operand
 from moe3d.kernels.plan import Launch, Precision
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_row",
+        "rows",
+        "padded_width",
+        "source_height",
+        "source_width",
+        "height",
+        "width",
+        "channels",
+    ]
+)
 def _upsample_kernel(x, stride_frame, stride_row, stride_column, pos_x, pos_y, features,
                      first_row, rows, padded_width, source_height, source_width, height, width, channels,
                      PADDED_CHANNELS: tl.constexpr, HAS_POS: tl.constexpr, PRECISION: tl.constexpr,

@@ -13,7 +13,7 @@ from moe3d.kernels.plan import Launch, Precision
 from moe3d.kernels.tables import Config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded_width"])
 def _weight_gradient_kernel(features, hidden, sums, rows, padded_width,
                             CHANNELS: tl.constexpr, N: tl.constexpr, SPLIT_COUNT: tl.constexpr,
                             BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,

@@ -47,8 +47,7 @@ class TritonBackend(Backend):
         with _current_device(tensors.x):
             call = _call(tensors, options)
             outputs = passes.new_outputs(call)
-            for launch in passes.forward_pass(call, outputs, _config("forward", call)):
-                launch.run()
+            _run_forward(call, outputs, _forward_config(call, outputs))
         return MoEOutput(*outputs)
 
     def backward(
@@ -63,7 +62,7 @@ class TritonBackend(Backend):
             backward = passes.Backward(call, given, wanted, lambda kernel: _config(kernel, call))
             for launch in backward.launches():
                 launch.run()
-            return HeadTensors(*backward.gradients(), pos_x=None, pos_y=None)
+            return HeadTensors(**backward.gradients()._asdict(), pos_x=None, pos_y=None)
 
 
 def _call(t: HeadTensors, options: HeadOptions):
@@ -124,10 +123,32 @@ def _convolutions_use_tf32() -> bool:
     return torch.backends.cudnn.allow_tf32 if convolution is None else convolution.fp32_precision == "tf32"
 
 
-def _config(kernel: str, call):
+def _run_forward(call, outputs, config) -> None:
+    from moe3d.kernels import passes
+
+    for launch in passes.forward_pass(call, outputs, config):
+        launch.run()
+
+
+def _config(kernel: str, call, shape: str = "any"):
     from moe3d.kernels import tables
 
-    return tables.config(kernel, call.precision.kind, *_gpu(call.x.device))
+    return tables.config(kernel, call.precision.kind, *_gpu(call.x.device), shape)
+
+
+def _forward_config(call, outputs):
+    """The table's, after filling in this class of shapes where the user asked for tuning."""
+    from triton.testing import do_bench
+
+    from moe3d.kernels import tables
+
+    capability, name = _gpu(call.x.device)
+    kind, shape = call.precision.kind, call.shape_class
+    tunable = call.x.is_cuda and not torch.cuda.is_current_stream_capturing() and tables.autotune_requested()
+    if tunable and not tables.is_tuned("forward", kind, name, shape):
+        options = tables.candidates("forward", kind, capability)
+        tables.tune("forward", kind, name, shape, options, lambda c: do_bench(lambda: _run_forward(call, outputs, c)))
+    return _config("forward", call, shape)
 
 
 def _gpu(device: torch.device) -> tuple[tuple[int, int], str]:
