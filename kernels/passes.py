@@ -2,7 +2,7 @@
 
 Both passes are generators of launches, so that tests can compile what they cannot run. Workspaces are allocated once
 per call and reused by every band; their size depends on the image's width and on the channels, not on the batch:
-``FORWARD_BYTES`` for the forward pass (small enough to stay in the L2 cache of the GPUs it was made for), and
+``FORWARD_BYTES`` for the forward pass (half a frame of VGGT's in bfloat16: large enough to hide launches), and
 ``BACKWARD_BYTES`` for the backward pass, beside the gradients themselves and partial sums of ``splits`` (16) times the
 3x3 weights. An image so wide that one row of tiles needs more gets that row.
 """
@@ -26,7 +26,7 @@ from moe3d.kernels.tables import Config
 from moe3d.kernels.upsample import upsample
 from moe3d.kernels.weight_gradient import weight_gradient
 
-FORWARD_BYTES = 32 << 20
+FORWARD_BYTES = 64 << 20
 BACKWARD_BYTES = 96 << 20
 BORDER = 1  # pixels of zeros around the image: the convolution's padding
 
@@ -143,20 +143,23 @@ class Backward:
         )  # fmt: skip
         self.rows = round_up(max(b.rows for b in self.plan) + 2 * BORDER, config.tile_height) + 2 * BORDER
 
-        def zeros(*shape: int, wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return call.x.new_empty(shape, dtype=dtype) if wanted else None
+
+        def zeros(*shape: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
             return call.x.new_zeros(shape, dtype=dtype) if wanted else None
 
         first_layer = needs.expert_w1 or needs.gate_w1
         others = any((needs.expert_b1, needs.expert_w2, needs.expert_b2, needs.gate_b1, needs.gate_w2, needs.gate_b2))
         operand, c = call.precision.dtype, self.packed.channels
-        self.features = zeros(self.rows + 2 * BORDER, self.padded_width, c, wanted=True, dtype=operand)
-        self.hidden = zeros(self.rows, self.padded_width, n, wanted=True, dtype=operand)
-        self.grad_z = zeros(self.rows, self.padded_width, columns, wanted=True)
-        self.grad_features = zeros(self.rows, width, self.packed.channels, wanted=needs.x)
-        self.grad_source = zeros(*source, self.packed.channels, wanted=needs.x)
-        self.grad_x = zeros(batch, *source, channels, wanted=needs.x, dtype=call.x.dtype)
-        self.grad_logits = zeros(batch, call.mixing.experts, height, width, wanted=needs.gate_logits)
-        self.sum_w1 = zeros(configs("weight_gradient").splits, 9, self.packed.channels, n, wanted=first_layer)
+        self.features = empty(self.rows + 2 * BORDER, self.padded_width, c, dtype=operand)
+        self.hidden = zeros(self.rows, self.padded_width, n, dtype=operand)  # its border is never written
+        self.grad_z = empty(self.rows, self.padded_width, columns)
+        self.grad_features = empty(self.rows, width, c, wanted=needs.x)
+        self.grad_source = zeros(*source, c, wanted=needs.x)
+        self.grad_x = empty(batch, *source, channels, wanted=needs.x, dtype=call.x.dtype)
+        self.grad_logits = empty(batch, call.mixing.experts, height, width, wanted=needs.gate_logits)
+        self.sum_w1 = zeros(configs("weight_gradient").splits, 9, c, n, wanted=first_layer)
         self.sum_w2 = zeros(self.rows, n, columns, wanted=others)
         self.sum_b1 = zeros(self.rows, n, wanted=others)
         self.sum_b2 = zeros(self.rows, columns, wanted=others)

@@ -93,21 +93,23 @@ def bands(
     """Cuts the output into bands that fit into a workspace of ``max_rows`` rows (never less than a row of tiles).
 
     A band keeps ``border`` more rows than it computes, for each of its frames. Rows come in multiples of
-    ``tile_rows``, on a grid fixed to the image. Where a frame must be cut, the cut that leaves the least of the last
-    wave of ``wave`` tiles idle is taken, among those of at least half the size allowed.
+    ``tile_rows``, on a grid fixed to the image. Where a frame must be cut, it is cut so that the fewest waves of
+    ``wave`` tiles run, where a band more (to launch and to drain) counts for half a wave.
     """
     whole = round_up(height, tile_rows) + border
     if whole <= max_rows:
         step = max_rows // whole
         yield from (Band(b, min(step, frames - b), 0, height) for b in range(0, frames, step))
         return
-    most = max((max_rows - border) // tile_rows, 1)
+    tile_row_count = triton.cdiv(height, tile_rows)
 
-    def used(tile_row_count: int) -> float:
-        tiles = tile_row_count * tile_columns
-        return tiles / round_up(tiles, wave)
+    def cost(n: int) -> float:
+        full, rest = divmod(tile_row_count, n)
+        waves = full * triton.cdiv(n * tile_columns, wave) + triton.cdiv(rest * tile_columns, wave)
+        return waves + 0.5 * triton.cdiv(tile_row_count, n)
 
-    rows = max(range((most + 1) // 2, most + 1), key=lambda n: (used(n), n)) * tile_rows
+    most = min(max((max_rows - border) // tile_rows, 1), tile_row_count)
+    rows = min(range(1, most + 1), key=cost) * tile_rows
     for b in range(frames):
         yield from (Band(b, 1, y, min(rows, height - y)) for y in range(0, height, rows))
 

@@ -57,6 +57,5 @@ def test_modes(mode):
     check(mode=mode, gate_logits=True, temperature=0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_operands(dtype):
-    check(dtype=dtype, experts=2, source=(2, 2), size=(2, 3))
+def test_16_bit_operands():
+    check(dtype=torch.float16, experts=2, source=(2, 2), size=(2, 3))

@@ -184,6 +184,21 @@ def test_packed_parameters_are_made_once_and_go_with_the_tensor():
     assert len(made) == 3 and len(cache._entries) == 0
 
 
+def test_parameters_are_packed_once_for_several_calls(monkeypatch):
+    made, original = [], passes.pack
+    monkeypatch.setattr(passes, "pack", lambda *a: made.append(1) or original(*a))
+    leaves = problem(**SMALL | {"size": (2, 3)}).leaves()
+    for _ in range(2):
+        run(leaves)
+    assert len(made) == 1
+
+
+def test_compiles_as_one_graph():
+    p = problem(**SMALL | {"size": (2, 3)})
+    compiled = torch.compile(lambda x: run(p.with_tensors(x=x)).prediction, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(p.tensors["x"]), run(p).prediction)
+
+
 def test_auto_does_not_choose_the_interpreter(monkeypatch):
     monkeypatch.setattr(passes, "forward_pass", lambda *_: pytest.fail("the interpreter was chosen"))
     problem().run(backend="auto")
