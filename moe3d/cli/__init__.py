@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from moe3d._version import __version__
 
 COMMANDS = {  # module of this folder -> what it does, for the list of commands and its own help
     "demo": "run the shipped model on a real and on synthetic scenes, stock head beside MoE head, and write a report",
+    "bench": "time the head on this machine: every backend against the stock head, each checked before it is timed",
     "info": "show versions, and which backends can run on this machine or why not",
 }
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = None
     try:
+        _be_lenient_with_output()
         with _termination_unwinds():
             args = _parse(sys.argv[1:] if argv is None else list(argv))
             args.run(args)
@@ -63,6 +66,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _be_lenient_with_output() -> None:
+    """Lines appear at once in a log, too, and a path that the terminal cannot show is escaped instead of an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 class _Terminated(BaseException):

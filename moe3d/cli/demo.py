@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -84,27 +85,41 @@ class Models:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="moe3d-demo", metavar="DIR", help="folder to write to (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=_folder, default="moe3d-demo", metavar="DIR", help="folder to write to (default: %(default)s)"
+    )
     parser.add_argument("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
+
+
+def _folder(name: str) -> Path:
+    if not name:
+        raise argparse.ArgumentTypeError("must name a folder, got an empty string")
+    return Path(name)
 
 
 def run(args: argparse.Namespace) -> None:
     with output_folder(args.out) as folder:
         report = write_demo(folder, load_models(args.backend))
     print(as_table(report))
-    print(f"\nreport: {Path(args.out) / 'report.html'}")
+    print(f"\nreport: {args.out / 'report.html'}")
 
 
-def load_models(backend: str) -> Models:
-    """The shipped models, on the GPU where there is one for this backend; "auto" becomes the fastest that can run."""
-    device = torch.device("cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu")
-    if backend == AUTO:
-        candidates = (name for name, reason in moe3d.backends().items() if reason is None)
-        backend = next(name for name in candidates if (name in GPU_BACKENDS) <= (device.type == "cuda"))
+def load_models(asked_for: str) -> Models:
+    """The shipped models, with the backend that is asked for, where it runs."""
+    backend, device = choose_backend(asked_for, torch.cuda.is_available())
     stock, moe = (moe3d.load_mini(head).to(device) for head in ("single", "moe"))
     for head in patched_heads(moe).values():
         head.tail.backend = backend
-    return Models(stock, moe, backend, device)
+    return Models(stock, moe, backend, torch.device(device))
+
+
+def choose_backend(asked_for: str, has_gpu: bool) -> tuple[str, str]:
+    """Backend and device ("cuda" or "cpu"); "auto" becomes the fastest that can run, so that the report can name it."""
+    device = "cuda" if has_gpu and asked_for != "cpu" else "cpu"
+    if asked_for != AUTO:
+        return asked_for, device
+    can_run = (name for name, reason in moe3d.backends().items() if reason is None)
+    return next(name for name in can_run if device == "cuda" or name not in GPU_BACKENDS), device
 
 
 def write_demo(
@@ -119,21 +134,21 @@ def write_demo(
         width: of the images that the models get.
         rounds: of timing.
     """
-    entries, page_scenes, timed = [], [], None
+    entries, page_scenes, views = [], [], []
     with tqdm(total=len(scenes) + rounds, disable=None, leave=False) as progress:
         for scene in scenes:
             progress.set_description(scene.title)
             sample = open_dataset(scene.dataset).load(scene.sequence, scene.frames)
             images = prepare_views(sample, width).to(models.device)
-            note = resize_note(tuple(sample.images.shape[2:]), tuple(images.shape[2:]))
+            views.append(images)
+            note = resize_note(sample.images.shape[2:], images.shape[2:])
             progress.write(f"{scene.title}: {len(images)} views, {note or 'as they are'}")
             comparison = _compare(sample, images, models)
             page_scenes.append(_write_scene(folder / scene.name, scene, comparison))
             entries.append(_scene_entry(scene, comparison, len(images)))
-            timed = images if timed is None else timed
             progress.update()
         progress.set_description("Timing")
-        timing = _time(models, timed, rounds, progress)
+        timing = _time(models, views[0], rounds, progress)
     report = _report(entries, timing, models)
     (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
     (folder / "report.html").write_text(render_page(report, page_scenes), "utf-8")
@@ -217,19 +232,21 @@ def _scene_entry(scene: DemoScene, comparison: SceneComparison, views: int) -> d
 
 
 def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
-    """Both models in turn, so that what else the machine does hits both; the predictions before were the warm-up."""
-    seconds: dict[str, list[float]] = {"stock": [], "moe": []}
+    """Both models in turn, so that whatever else the machine does hits both, after a round that warms up."""
+    runs = {"stock": models.stock, "moe": models.moe}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
-        for _ in range(rounds):
-            for name, model in (("stock", models.stock), ("moe", models.moe)):
-                seconds[name].append(time_call(lambda model=model: model(images), str(models.device)))
-            progress.update()
-    overhead = ratio_of_medians(seconds["moe"], seconds["stock"]).percent_more
+        for number in range(rounds + 1):
+            for name, model in runs.items():
+                seconds[name].append(time_call(partial(model, images), str(models.device)))
+            progress.update(number > 0)
+    stock, moe = seconds["stock"][1:], seconds["moe"][1:]
+    overhead = ratio_of_medians(moe, stock).percent_more
     return {
         "overhead_percent": overhead.value,
         "interval_percent": [overhead.low, overhead.high],
-        "stock_seconds": median(seconds["stock"]),
-        "moe_seconds": median(seconds["moe"]),
+        "stock_seconds": median(stock),
+        "moe_seconds": median(moe),
         "rounds": rounds,
         "views": len(images),
         "size": list(images.shape[2:]),
@@ -239,8 +256,8 @@ def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
 def _report(entries: list[dict], timing: dict, models: Models) -> dict:
     return {
         "scenes": entries,
-        "mean": {head: _means([entry[head] for entry in entries]) for head in ("stock", "moe")},
-        "overhead_percent": timing.pop("overhead_percent"),
+        "mean": _mean(entries),
+        "overhead_percent": timing["overhead_percent"],
         "timing": timing,
         "backend": models.backend,
         "device": _device_name(models.device),
@@ -249,10 +266,14 @@ def _report(entries: list[dict], timing: dict, models: Models) -> dict:
     }
 
 
-def _means(metrics: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Plain means over the scenes where a metric is defined."""
-    defined = {key: [m[key] for m in metrics if m[key] is not None] for key in METRICS}
-    return {key: fmean(values) if values else None for key, values in defined.items()}
+def _mean(entries: list[dict]) -> dict[str, dict[str, float | None]]:
+    """Plain means over the scenes where a metric is defined for both heads."""
+
+    def mean(head: str, key: str) -> float | None:
+        values = [entry[head][key] for entry in entries if None not in (entry["stock"][key], entry["moe"][key])]
+        return fmean(values) if values else None
+
+    return {head: {key: mean(head, key) for key in METRICS} for head in ("stock", "moe")}
 
 
 def _device_name(device: torch.device) -> str:

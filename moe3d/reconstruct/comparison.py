@@ -95,7 +95,8 @@ def _judge(predictions: dict[str, Tensor], truth: np.ndarray, valid: np.ndarray)
     on_truth = Frame(metric.numpy(), truth, valid)
     flying = flying_points(on_truth)
     errors = depth_metrics(smooth)
-    _, intrinsics = decode_pose(predictions["pose_enc"][0, 0].float().cpu(), depth.shape)
+    height, width = depth.shape
+    _, intrinsics = decode_pose(predictions["pose_enc"][0, 0].float().cpu(), (height, width))
     return HeadResult(
         depth=metric.numpy(),
         on_truth=on_truth,

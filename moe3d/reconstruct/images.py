@@ -51,7 +51,7 @@ def load_images(paths: Sequence[str | os.PathLike[str]], width: int = WIDTH) -> 
             prepared.append(prepare_image(image, width))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        notes.append(resize_note((image.height, image.width), tuple(prepared[-1].shape[1:])))
+        notes.append(resize_note((image.height, image.width), prepared[-1].shape[1:]))
     height = max(image.shape[1] for image in prepared)
     if any(image.shape[1] != height for image in prepared):
         notes.append(f"sizes differ: padded with white to {height}x{width}")
@@ -102,9 +102,9 @@ def prepare_image(image: Image.Image, width: int = WIDTH) -> Tensor:
     return torch.from_numpy(resized[top : top + width]).permute(2, 0, 1).contiguous()
 
 
-def resize_note(before: tuple[int, int], after: tuple[int, int]) -> str:
+def resize_note(before: Sequence[int], after: Sequence[int]) -> str:
     """A sentence about a change of size, both (height, width); empty if there was none."""
-    if before == after:
+    if tuple(before) == tuple(after):
         return ""
     return f"{before[0]}x{before[1]} resized to {after[0]}x{after[1]}, multiples of {PATCH_SIZE}, as VGGT's loader does"
 

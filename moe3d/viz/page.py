@@ -327,4 +327,6 @@ well. Only the first view of each scene is shown and judged. In bold: the better
 {SAME:.0%}.</p>
 <p>Time: {timing["views"]} views of {_size(timing["size"])} through the whole network, {escape(report["device"])},
 medians of {timing["rounds"]} interleaved rounds; in brackets the 95% interval of the overhead.</p>
+<p>Point clouds are in metres. GLB files have glTF’s axes (y up, looking along −z), PLY files the first camera’s (x
+right, y down, z forward).</p>
 </footer>"""

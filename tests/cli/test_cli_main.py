@@ -115,6 +115,12 @@ def test_termination_unwinds_ends_with_143_and_gives_the_handler_back(command, c
     assert capsys.readouterr() == ("", "moe3d probe: terminated\n")
 
 
+def test_a_path_that_the_terminal_cannot_show_is_escaped(command, capsys):
+    command(lambda args: print("written to", os.fsdecode(b"caf\xe9")))
+    assert cli.main(["probe"]) == 0
+    assert capsys.readouterr() == ("written to caf\\udce9\n", "")
+
+
 def test_version_and_help(capsys):
     for argv in (["--version"], ["--help"], ["info", "--help"]):
         with pytest.raises(SystemExit) as exit_:

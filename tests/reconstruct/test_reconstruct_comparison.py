@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from moe3d.data import Sample
-from moe3d.evaluation import boundary_report, depth_metrics
-from moe3d.evaluation import Frame
+from moe3d.evaluation import Frame, boundary_report, depth_metrics
 from moe3d.geometry import encode_pose, project
 from moe3d.reconstruct.comparison import METRICS, compare_heads, prepare_views
 
@@ -97,7 +96,7 @@ def test_points_project_back_onto_their_pixels_at_their_depth(sample):
     images = prepare_views(sample, WIDTH)
     result = compare_heads(sample, images, model, model).stock
     height, width = images.shape[-2:]
-    # The true camera, whose field of view the model gives, on the model's grid with the principal point of VGGT's decoding.
+    # The true camera, whose field of view the model gives, on the model's grid, its principal point as VGGT decodes it.
     intrinsics = torch.tensor([[80 * width / SIZE[1], 0, width / 2], [0, 80 * height / SIZE[0], height / 2], [0, 0, 1]])
     pixels, depth = project(torch.from_numpy(result.points).reshape(-1, 3), intrinsics)
     rows, columns = np.mgrid[:height, :width]

@@ -14,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moe3d.reconstruct import load_images, prepare_image, read_image
 from moe3d.reconstruct import images as module
+from moe3d.reconstruct import load_images, prepare_image, read_image
 
 
 def _photo(height, width, seed=0):
@@ -133,11 +133,11 @@ def test_truncated_and_foreign_files_are_named(tmp_path):
     content = (tmp_path / "whole.jpg").read_bytes()
     (tmp_path / "half.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.png").write_text("this is no image")
-    with pytest.raises(ValueError, match="half.jpg is a damaged image"):
+    with pytest.raises(ValueError, match=r"half\.jpg is a damaged image"):
         read_image(tmp_path / "half.jpg")
-    with pytest.raises(ValueError, match="text.png is not an image"):
+    with pytest.raises(ValueError, match=r"text\.png is not an image"):
         read_image(tmp_path / "text.png")
-    with pytest.raises(FileNotFoundError, match="absent.png"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.png"):
         read_image(tmp_path / "absent.png")
     with pytest.raises(IsADirectoryError):
         read_image(tmp_path)
@@ -147,7 +147,7 @@ def test_too_many_pixels_are_refused_and_pillows_own_limit_stays(tmp_path, monke
     path = _save(tmp_path / "a.png", _photo(30, 40))
     before = Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(module, "MAX_PIXELS", 1198)
-    with pytest.raises(ValueError, match="a.png has more than"):
+    with pytest.raises(ValueError, match=r"a\.png has more than"):
         read_image(path)
     monkeypatch.setattr(module, "MAX_PIXELS", 1200)
     assert read_image(path).size == (40, 30)
@@ -163,9 +163,9 @@ def _png_header(path, height, width):
 
 
 def test_the_limit_is_200_megapixels_and_is_checked_before_decoding(tmp_path):
-    with pytest.raises(ValueError, match="b.png has more than 200 megapixels"):
+    with pytest.raises(ValueError, match=r"b\.png has more than 200 megapixels"):
         read_image(_png_header(tmp_path / "b.png", 20_000, 10_001))
-    with pytest.raises(ValueError, match="a.png is a damaged image"):
+    with pytest.raises(ValueError, match=r"a\.png is a damaged image"):
         read_image(_png_header(tmp_path / "a.png", 20_000, 10_000))
 
 

@@ -77,7 +77,7 @@ def assert_within(name: str, values: Comparison, absolute: float = 0.0) -> None:
 def _compare(problem: Problem, backend: str, precision: str) -> Iterator[tuple[str, Comparison]]:
     conv = {"auto": problem.tensors["x"].dtype, "ieee": torch.float32, "bf16": torch.bfloat16}[precision]
     clear = truth.decided(problem)
-    ours_of, plain_of, exact_of = problem.leaves(), problem.leaves(), problem.leaves()
+    ours_of, plain_of, exact_of = problem.leaves(), problem.leaves(), problem.double().leaves()
     ours = ours_of.run(return_experts=True, backend=backend, precision=precision)
     plain = truth.evaluate(plain_of, conv=conv, mix=torch.float32)
     exact = truth.evaluate(exact_of)
@@ -91,7 +91,7 @@ def _compare(problem: Problem, backend: str, precision: str) -> Iterator[tuple[s
 
     cotangents = _cotangents(exact, clear)
     for outputs in (ours, plain, exact):
-        pairs = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
+        pairs = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
         torch.autograd.backward(*zip(*pairs, strict=True))
     for name, leaf in ours_of.tensors.items():
         assert leaf.grad.shape == leaf.shape and leaf.grad.dtype == leaf.dtype, name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe3d.functional import moe_head
-from moe3d.ops.types import MoEOutput
+from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 GATE = ("gate_w1", "gate_b1", "gate_w2", "gate_b2")
 
@@ -44,10 +44,15 @@ class Problem:
         return dataclasses.replace(self, options=self.options | options)
 
     def leaves(self) -> Problem:
-        """The same problem on tensors of its own that require gradients."""
+        """The same problem, strides and all, on tensors that require gradients of their own."""
         return dataclasses.replace(
-            self, tensors={name: t.detach().clone().requires_grad_() for name, t in self.tensors.items()}
+            self, tensors={name: t.detach().requires_grad_() for name, t in self.tensors.items()}
         )
+
+    def double(self) -> Problem:
+        """The same (rounded) numbers in float64."""
+        pos = None if self.pos is None else tuple(table.double() for table in self.pos)
+        return dataclasses.replace(self, tensors={name: t.double() for name, t in self.tensors.items()}, pos=pos)
 
     def run(self, **options: Any) -> MoEOutput:
         return moe_head(size=self.size, pos=self.pos, **self.tensors, **(self.options | options))
@@ -98,3 +103,17 @@ def random_problem(
         tensors["gate_logits"] = normal(batch, experts, *size)
     tables = (normal(size[1], channels // 2, scale=0.5), normal(size[0], channels // 2, scale=0.5)) if pos else None
     return Problem(tensors, size, tables, options)
+
+
+def operator_arguments(problem: Problem, backend: str = "auto", precision: str = "auto") -> tuple:
+    """The flat arguments of ``moe3d::moe_head``."""
+    pos = problem.pos or (None, None)
+    tensors = HeadTensors(*(problem.tensors.get(n) for n in HeadTensors._fields[:-2]), *pos)
+    options = HeadOptions(
+        *problem.size,
+        *(problem.option(n) for n in ("temperature", "activation", "conf_activation", "mode", "gap")),
+        return_experts=True,
+        skip_below=0.0,
+        precision=precision,
+    )
+    return (*tensors, *vars(options).values(), backend)

@@ -1,0 +1,1 @@
+"""Training: how the shipped weights were made (:mod:`moe3d.training.shipped`)."""

@@ -1,0 +1,253 @@
+"""The embedded model from scratch: depth and cameras of synthetic scenes, within a budget of steps and minutes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from moe3d.geometry import encode_pose
+from moe3d.losses import (
+    MIN_VALID_PIXELS,
+    camera_loss,
+    confidence_loss,
+    log_depth_loss,
+    log_gradient_loss,
+    normalise_scale,
+)
+from moe3d.models import MiniVGGT
+from moe3d.training.augment import augment, shrink
+from moe3d.training.pool import Pool
+from moe3d.training.validate import validate
+
+CLIP = 1.0  # of the gradient's norm
+REFRESH_SECONDS = 20.0  # between looks for new shards
+WARM_UP = 0.03  # of the budget
+WEIGHTS = {"log_depth": 1.0, "log_gradient": 0.5, "confidence": 0.05, "camera": 0.5}
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """How long, how large, and how often."""
+
+    steps: int = 1_000_000
+    """The run ends after this many steps ..."""
+    minutes: float = 65.0
+    """... or minutes, whichever comes first; the learning rate reaches zero there."""
+    learning_rate: float = 8e-4
+    weight_decay: float = 0.05
+    frames: int = 4
+    """Per step and process."""
+    pixels: tuple[int, int] = (9_500, 18_000)
+    """Of a frame, at most: in the first and in the second part of the run."""
+    second_part: float = 0.8
+    """The progress at which the second part begins. Most is learnt from many small pictures."""
+    seed: int = 0
+    autocast: bool = True
+    """Convolutions and matrix products in bfloat16."""
+    checkpoint_seconds: float = 120.0
+    validate_seconds: float = 300.0
+
+
+class Run:
+    """A training run that can stop at any step and go on from its folder's checkpoint."""
+
+    def __init__(self, folder: Path, options: PretrainOptions) -> None:
+        self.folder, self.options = folder, options
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(options.seed)
+        self.model = MiniVGGT()
+        scale_initial_weights(self.model)
+        self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, options.weight_decay), lr=0.0, betas=(0.9, 0.99), fused=True
+        )
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.step, self.seconds = 0, 0.0
+        if self._checkpoint.exists():
+            self._resume()
+
+    @property
+    def progress(self) -> float:
+        """The part of the budget that is spent."""
+        return max(self.step / self.options.steps, self.seconds / (60 * self.options.minutes))
+
+    def train(self, pool: Pool) -> MiniVGGT:
+        """Spend the rest of the budget on the pool's scenes."""
+        pool.wait()
+        started = time.perf_counter() - self.seconds
+        saved = validated = refreshed = self.seconds
+        losses: list[dict[str, float]] = []
+        while self.progress < 1:
+            if self.seconds - refreshed > REFRESH_SECONDS:
+                pool.refresh()
+                refreshed = self.seconds
+            losses.append(self._take_step(pool))
+            self.seconds = self._average_with_others(time.perf_counter() - started)
+            if len(losses) == 100:
+                self.log({"losses": _mean(losses), "shards": len(pool)})
+                losses = []
+            if self.rank > 0:
+                continue
+            if self.seconds - saved > self.options.checkpoint_seconds:
+                self.save()
+                saved = self.seconds
+            if self.seconds - validated > self.options.validate_seconds:
+                self.log({"validation": validate(self.model)})
+                validated = self.seconds
+        if self.rank == 0:
+            self.save()
+        return self.model.eval()
+
+    def _take_step(self, pool: Pool) -> dict[str, float]:
+        options = self.options
+        # Of the step alone, so that a resumed run sees what an uninterrupted one would have seen.
+        rng = np.random.default_rng([options.seed, self.step, self.rank])
+        pixels = options.pixels[self.progress >= options.second_part]
+        batch = prepare(pool.draw(rng, options.frames), rng, pixels)
+        rate = options.learning_rate * _schedule(self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        losses = pretrain_losses(_predict(self.model, batch["images"], options.autocast), batch)
+        total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
+        if not torch.isfinite(total):
+            raise RuntimeError(f"the loss is not finite at step {self.step}; the last checkpoint is {self._checkpoint}")
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self._average_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.step += 1
+        return {name: loss.item() for name, loss in losses.items()} | {"norm": norm.item(), "rate": rate}
+
+    def _average_gradients(self) -> None:
+        if dist.is_initialized():
+            gradients = [p.grad for p in self.model.parameters()]
+            flat = _flatten_dense_tensors(gradients)
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(mean)
+
+    def _average_with_others(self, seconds: float) -> float:
+        """One clock for all processes: they must agree on when the run is over."""
+        if not dist.is_initialized():
+            return seconds
+        clock = torch.tensor([seconds], dtype=torch.float64)
+        dist.all_reduce(clock)
+        return clock.item() / dist.get_world_size()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def save(self) -> None:
+        """Replace the folder's checkpoint, once the new one is whole."""
+        unfinished = self.folder / f".checkpoint.{os.getpid()}.tmp"
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        try:
+            torch.save(state, unfinished)
+            os.replace(unfinished, self._checkpoint)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        state = torch.load(self._checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def log(self, entry: dict) -> None:
+        """Append a line to the folder's log.jsonl."""
+        if self.rank > 0:
+            return
+        line = {"step": self.step, "seconds": round(self.seconds, 1), **entry}
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@torch.no_grad()
+def scale_initial_weights(model: MiniVGGT) -> None:
+    """Give every layer a say from the first step: all signals start with a variance of about one.
+
+    Under a truncated normal of 0.02, usual for wide transformers, narrow blocks would add next to nothing to their
+    input, and for thousands of steps the network would learn the average room instead of the picture.
+    """
+    blocks = [*model.aggregator.frame_blocks, *model.aggregator.global_blocks]
+    for block in blocks:
+        for layer in (block.attn.qkv, block.mlp[0]):
+            layer.weight.normal_(std=layer.in_features**-0.5)
+        for layer in (block.attn.proj, block.mlp[2]):  # these add up: two per block
+            layer.weight.normal_(std=(2 * len(blocks) * layer.in_features) ** -0.5)
+    for module in model.depth_head.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+    model.depth_head.scratch.output_conv2[-1].weight.mul_(0.2)  # begins near a depth of one
+
+
+def prepare(batch: dict[str, Tensor], rng: np.random.Generator, pixels: int) -> dict[str, Tensor]:
+    """A drawn batch made smaller, augmented, and in VGGT's normalised unit: images, depth, valid, pose_enc."""
+    batch = shrink(batch, rng, pixels)
+    batch = augment(batch | {"images": batch["images"] / 255, "depth": batch["depth"].float()}, rng)
+    valid = batch["depth"] > 0
+    depth, extrinsics = normalise_scale(batch["depth"], valid, batch["intrinsics"], batch["extrinsics"])
+    pose_enc = encode_pose(extrinsics, batch["intrinsics"], batch["images"].shape[-2:])
+    return {"images": batch["images"], "depth": depth, "valid": valid, "pose_enc": pose_enc}
+
+
+def pretrain_losses(predictions: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses by name, of the model's predictions on a prepared batch."""
+    depth, truth, valid = predictions["depth"][..., 0], batch["depth"], batch["valid"]
+    counts = valid[:, 0].sum(dim=(1, 2)) > MIN_VALID_PIXELS
+    return {
+        "log_depth": log_depth_loss(depth, truth, valid),
+        "log_gradient": log_gradient_loss(depth, truth, valid),
+        "confidence": confidence_loss(predictions["depth_conf"], depth, truth, valid),
+        "camera": camera_loss(predictions["pose_enc_list"], batch["pose_enc"], counts),
+    }
+
+
+def _predict(model: MiniVGGT, images: Tensor, autocast: bool) -> dict:
+    """The model's own forward, but with the depth head under autocast, too: most of a step's time is spent there."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens, patch_start_idx = model.aggregator(images)
+        depth, confidence = model.depth_head(tokens, images=images, patch_start_idx=patch_start_idx)
+    return {
+        "depth": depth.float(),
+        "depth_conf": confidence.float(),
+        "pose_enc_list": model.camera_head([tokens[-1].float()]),
+    }
+
+
+def _parameter_groups(model: MiniVGGT, weight_decay: float) -> list[dict]:
+    """Matrices and kernels decay; biases, norms and tokens do not."""
+    decay = [p for name, p in model.named_parameters() if p.ndim >= 2 and "token" not in name]
+    ids = {id(p) for p in decay}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def _schedule(progress: float) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    if progress < WARM_UP:
+        return (progress + 1e-3) / (WARM_UP + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
+
+
+def _mean(entries: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(float(np.mean([entry[key] for entry in entries])), 5) for key in entries[0]}

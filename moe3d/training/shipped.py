@@ -1,0 +1,122 @@
+"""How the shipped MiniVGGT weights are made: ``python -m moe3d.training.shipped all --out DIR``.
+
+Pretraining may be spread over processes: ``torchrun --nproc-per-node 2 -m moe3d.training.shipped pretrain --out DIR``.
+Three stages, each of which reads what the one before wrote to the folder:
+
+- ``pretrain``: MiniVGGT from scratch on synthetic scenes, which a background process renders; goes on where it was
+  interrupted. Writes pretrained.safetensors.
+- ``finetune``: the stock output block and the MoE head from there, alike in everything but the head. Writes
+  mini_single.safetensors and mini_moe_head.safetensors.
+- ``evaluate``: both on held-out scenes and on Motorcycle, beside predictors that look at nothing. Writes metrics.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from moe3d.integrations import load_head, patch_vggt, save_head
+from moe3d.integrations.vggt import patched_heads
+from moe3d.models import load_mini, save_mini
+from moe3d.training.finetune import Arm, FinetuneOptions, cache_features, stock_block
+from moe3d.training.pool import Pool, as_shard, read_shards, render_pool
+from moe3d.training.pretrain import PretrainOptions, Run
+from moe3d.training.validate import evaluate, motorcycle, scenes, trivial_metrics
+
+SHARDS = 336  # of the pool, 16 scenes each
+FINETUNE_SHARDS = 36
+VALIDATION_SCENES = 16
+TEST_SCENES = 64
+
+
+def pretrain(folder: Path, options: PretrainOptions, shards: int = SHARDS) -> None:
+    """Train from scratch, or go on from the folder's checkpoint, while the pool is rendered beside it.
+
+    Under torchrun the processes share the work: each draws batches of its own, and gradients are averaged.
+    """
+    run = Run(folder, options)
+    if run.rank > 0:
+        run.train(Pool(folder / "pool"))
+        return
+    spawn = multiprocessing.get_context("spawn")
+    renderer = spawn.Process(target=render_pool, args=(folder / "pool", shards), daemon=True)
+    renderer.start()
+    try:
+        model = run.train(Pool(folder / "pool"))
+    finally:
+        renderer.terminate()
+        renderer.join()
+    save_mini(model, folder / "pretrained.safetensors")
+
+
+def finetune(folder: Path, options: FinetuneOptions, shards: int = FINETUNE_SHARDS) -> None:
+    """Train both heads on the frozen network, as it is after rounding to fp16."""
+    render_pool(folder / "pool", shards)
+    model = load_mini(path=folder / "pretrained.safetensors")
+    train = cache_features(model, read_shards(folder / "pool", shards))
+    val = cache_features(model, [as_shard([sample]) for sample in scenes("val", VALIDATION_SCENES)])
+    log = _logger(folder / "finetune.jsonl")
+
+    block = model.depth_head.scratch.output_conv2
+    moe = Arm("moe", block, options.num_experts, options).run(train, val, log)
+    stock = Arm("stock", block, 1, options).run(train, val, log)
+
+    stock_block(stock, block)
+    save_mini(model, folder / "mini_single.safetensors")
+    patch_vggt(model, options.num_experts, options.gate_hidden, init_noise=options.init_noise, seed=options.seed)
+    patched_heads(model)["depth"].tail.load_state_dict(moe.state_dict())
+    save_head(model, folder / "mini_moe_head.safetensors")
+
+
+def evaluate_shipped(folder: Path, test_scenes: int = TEST_SCENES) -> None:
+    """Every metric of the model card, of the files in the folder."""
+    model = load_mini(path=folder / "mini_single.safetensors")
+    data = {"scenes": scenes("test", test_scenes), "motorcycle": motorcycle()}
+    report = {name: {"trivial": trivial_metrics(samples)} for name, samples in data.items()}
+    for head in ("stock", "moe"):
+        if head == "moe":
+            load_head(model, folder / "mini_moe_head.safetensors")
+        for name, samples in data.items():
+            report[name][head] = {f"{frames} frame(s)": evaluate(model, samples, frames) for frames in (1, 2)}
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+def _logger(path: Path) -> Callable[[dict], None]:
+    def log(entry: dict) -> None:
+        with open(path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    return log
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m moe3d.training.shipped", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("pretrain", "finetune", "evaluate", "all"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pool, checkpoints, logs and weights")
+    parser.add_argument("--minutes", type=float, default=PretrainOptions.minutes, help="budget of pretraining")
+    parser.add_argument("--steps", type=int, default=PretrainOptions.steps, help="... if reached first")
+    parser.add_argument("--shards", type=int, default=SHARDS, help="size of the pool of training scenes, 16 each")
+    parser.add_argument("--finetune-steps", type=int, default=FinetuneOptions.steps)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+
+    torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    if args.stage in ("pretrain", "all"):
+        pretrain(args.out, PretrainOptions(steps=args.steps, minutes=args.minutes), args.shards)
+    if args.stage in ("finetune", "all"):
+        finetune(args.out, FinetuneOptions(steps=args.finetune_steps))
+    if args.stage in ("evaluate", "all"):
+        evaluate_shipped(args.out)
+
+
+if __name__ == "__main__":
+    main()
