@@ -58,7 +58,7 @@ class TritonBackend(Backend):
         with _current_device(tensors.x):
             call = _call(tensors, options)
             wanted = passes.Gradients(*needs[:10])
-            given = passes.Outputs(*(None if c is None else c.float().contiguous() for c in cotangents))
+            given = passes.Outputs(*map(_cotangent, cotangents))
             backward = passes.Backward(call, given, wanted, lambda kernel: _config(kernel, call))
             for launch in backward.launches():
                 launch.run()
@@ -93,6 +93,11 @@ def _call(t: HeadTensors, options: HeadOptions):
         precision=_precision(t.x, options.precision),
         multiprocessors=_multiprocessors(t.x.device),
     )
+
+
+def _cotangent(c: Tensor | None) -> Tensor | None:
+    """As the kernels read it; the operator's absent outputs are empty tensors, and so may their cotangents be."""
+    return None if c is None or c.numel() == 0 else c.float().contiguous()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -184,6 +184,22 @@ def test_packed_parameters_are_made_once_and_go_with_the_tensor():
     assert len(made) == 3 and len(cache._entries) == 0
 
 
+def test_cotangents_of_absent_outputs_are_ignored():
+    from moe3d.ops.schema import moe_head_op
+
+    p = problem(**SMALL | {"size": (2, 3)}).leaves()
+    t = p.tensors
+    gate = [t[n] for n in ("gate_w1", "gate_b1", "gate_w2", "gate_b2", "gate_logits")]
+    experts = [t[n] for n in ("x", "expert_w1", "expert_b1", "expert_w2", "expert_b2")]
+    options = (2, 3, 1.0, "exp", None, "mean", 0.3, False, 0.0, "auto", "triton")
+    outputs = moe_head_op(*experts, *gate, *p.pos, *options)
+    assert [o.numel() for o in outputs] == [12, 0, 6, 0, 0]
+    with_empty = torch.autograd.grad(outputs, experts, [torch.ones_like(o) for o in outputs], retain_graph=True)
+    assert_equal(
+        with_empty, torch.autograd.grad(outputs[::2][:2], experts, [torch.ones_like(o) for o in outputs[::2][:2]])
+    )
+
+
 def test_parameters_are_packed_once_for_several_calls(monkeypatch):
     made, original = [], passes.pack
     monkeypatch.setattr(passes, "pack", lambda *a: made.append(1) or original(*a))
