@@ -10,6 +10,11 @@ from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 class Backend(abc.ABC):
     """One implementation of the operation, forward and backward, on tensors that are already validated."""
 
+    @property
+    def automatic(self) -> bool:
+        """Whether "auto" may choose it."""
+        return True
+
     @abc.abstractmethod
     def unavailable(self) -> str | None:
         """Why this backend cannot run on this machine at all, in words that follow "because"; None if it can."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from moe3d.ops.backend import Backend
 from moe3d.ops.native import CPUBackend
 from moe3d.ops.reference import ReferenceBackend
+from moe3d.ops.triton import TritonBackend
 from moe3d.ops.types import HeadOptions, HeadTensors
 
 
@@ -29,7 +30,7 @@ class PlannedBackend(Backend):
 
 
 _REGISTRY: dict[str, Backend] = {  # in the order in which "auto" tries them: the fastest first
-    "triton": PlannedBackend("Triton kernels"),
+    "triton": TritonBackend(),
     "cuda": PlannedBackend("CUDA kernels"),
     "cpu": CPUBackend(),
     "reference": ReferenceBackend(),
@@ -48,7 +49,8 @@ def select(name: str, tensors: HeadTensors, options: HeadOptions) -> Backend:
 
     Raises RuntimeError with the reason where an explicitly chosen backend cannot run, or none can.
     """
-    for candidate in _REGISTRY if name == AUTO else (name,):
+    automatic = [candidate for candidate, backend in _REGISTRY.items() if backend.automatic]
+    for candidate in automatic if name == AUTO else (name,):
         reason = _why_not(_REGISTRY[candidate], tensors, options)
         if reason is None:
             return _REGISTRY[candidate]

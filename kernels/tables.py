@@ -1,0 +1,117 @@
+"""Launch configurations, from the data file beside this: per architecture, kernel and kind of arithmetic.
+
+The shipped table was chosen analytically (registers, shared memory and instructions of the compiled code; see
+bench/NOTES.md). With MOE3D_AUTOTUNE=1 the first call of each shape times the candidates and writes its choice, keyed
+by the GPU's name, to ``$MOE3D_CACHE/triton.json`` (``~/.cache/moe3d/triton.json``), where later calls find it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DEFAULTS = Path(__file__).with_name("tables.json")
+
+
+class Config(NamedTuple):
+    """One launch: a tile of pixels, blocks of the product, warps and pipeline stages."""
+
+    tile_height: int
+    tile_width: int
+    block_k: int
+    max_width: int  #  of a group of hidden channels
+    num_warps: int
+    num_stages: int
+    splits: int = 16  # of the sum over pixels in the gradient to the 3x3 weights
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The row of the default table that serves a GPU: the newest that is not newer than it."""
+    known = [tuple(map(int, name.split("."))) for name in _defaults()]
+    return "{}.{}".format(*max(k for k in known if k <= capability))
+
+
+def config(kernel: str, kind: str, capability: tuple[int, int], device_name: str, shape: str = "any") -> Config:
+    """The configuration of ``kernel`` for a kind of arithmetic ("half", "tf32", "ieee") and a class of shapes."""
+    tuned = _read(user_file()).get(device_name, {}).get(f"{kernel}/{kind}/{shape}")
+    return Config(**(tuned or _defaults()[architecture(capability)][kernel][kind]))
+
+
+def candidates(kernel: str, kind: str, capability: tuple[int, int]) -> list[Config]:
+    """What autotuning races: the default first, then its neighbours in tile, stages and warps."""
+    default = Config(**_defaults()[architecture(capability)][kernel][kind])
+    tiles = [(default.tile_height, default.tile_width), (4, 32), (16, 8)]
+    return list(
+        dict.fromkeys(
+            default._replace(tile_height=h, tile_width=w, num_stages=s, max_width=n, block_k=k)
+            for h, w in tiles
+            for s in (default.num_stages, default.num_stages + 1, max(default.num_stages - 1, 2))
+            for n in (default.max_width, 128)
+            for k in (default.block_k, 32)
+        )
+    )
+
+
+def autotune_requested() -> bool:
+    return os.environ.get("MOE3D_AUTOTUNE") == "1"
+
+
+def is_tuned(kernel: str, kind: str, device_name: str, shape: str) -> bool:
+    return f"{kernel}/{kind}/{shape}" in _read(user_file()).get(device_name, {})
+
+
+def tune(kernel: str, kind: str, device_name: str, shape: str, options: Sequence[Config],
+         time: Callable[[Config], float]) -> Config:  # fmt: skip
+    """Times each candidate and writes the fastest; one that cannot be launched (too much shared memory) is left out."""
+    timed = [(t, c) for c in options if (t := _attempt(time, c)) is not None]
+    if not timed:
+        raise RuntimeError(f"none of {len(options)} launch configurations of {kernel!r} ({kind}) runs on {device_name}")
+    best = min(timed, key=lambda pair: pair[0])[1]
+    table = _read(user_file())
+    table.setdefault(device_name, {})[f"{kernel}/{kind}/{shape}"] = best._asdict()
+    _write(user_file(), table)
+    return best
+
+
+def user_file() -> Path:
+    root = os.environ.get("MOE3D_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe3d"
+    return Path(root) / "triton.json"
+
+
+def _attempt(time: Callable[[Config], float], config: Config) -> float | None:
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return time(config)
+    except OutOfResources:
+        return None
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return json.loads(DEFAULTS.read_text())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        stamp = path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return {}
+    return _parsed(path, stamp)
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, stamp: int) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _write(path: Path, table: dict[str, Any]) -> None:
+    """Whole or not at all: other processes read this file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(table, indent=2) + "\n")
+    temporary.replace(path)

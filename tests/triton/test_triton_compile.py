@@ -1,0 +1,95 @@
+"""Ahead-of-time compilation of every kernel in its default configuration, for GPUs that need not be there.
+
+The figures are compared with ``compiled.json``; after a change of the kernels or of Triton, see what moved and write
+it anew with ``python tests/triton/test_triton_compile.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from aot import Report, compile_launch  # noqa: E402
+
+from moe3d.kernels import passes, tables  # noqa: E402
+from moe3d.kernels.pack import Parameters  # noqa: E402
+from moe3d.kernels.plan import Launch, Mixing, Precision  # noqa: E402
+
+TABLE = Path(__file__).with_name("compiled.json")
+# What a block may have; sm_80's configurations also serve sm_86, sm_89 and sm_120, whose limit is lower than its own.
+SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+PRECISIONS = {"half": Precision(torch.bfloat16, "half"), "tf32": Precision(torch.float32, "tf32"),
+              "ieee": Precision(torch.float32, "ieee")}  # fmt: skip
+NO_PRODUCTS = {"_upsample_kernel", "_downsample_kernel"}
+CASES = [
+    *((capability, "half", skip) for capability in SHARED_MEMORY for skip in (False, True)),
+    *((capability, "tf32", False) for capability in SHARED_MEMORY),
+    (90, "ieee", False),
+]
+
+
+def call(precision: Precision, skip: bool) -> passes.Call:
+    """VGGT's tail with the paper's budget: C = 128, K = 4 experts of 32, a gate of 128."""
+    w1, gate = torch.zeros(4, 32, 128, 3, 3), torch.zeros(128, 128, 3, 3)
+    parameters = Parameters(w1, w1[..., 0, 0, 0], torch.zeros(4, 2, 32), torch.zeros(4, 2),
+                            gate, gate[:, 0, 0, 0], torch.zeros(4, 128), torch.zeros(4))  # fmt: skip
+    return passes.Call(
+        x=torch.zeros(1, 128, 5, 5, dtype=precision.dtype).contiguous(memory_format=torch.channels_last),
+        parameters=parameters, gate_logits=None, pos_x=torch.zeros(18, 64), pos_y=torch.zeros(9, 64), size=(9, 18),
+        mixing=Mixing(4, 2, "exp", "expp1", "mean", 1.0, 0.3, True), return_experts=False,
+        skip_below=1e-6 if skip else 0.0, precision=precision, multiprocessors=132,
+    )  # fmt: skip
+
+
+def launches_of(this: passes.Call, capability: int, kind: str) -> dict[str, Launch]:
+    """One launch of each kernel; backward knows no skipping."""
+
+    def config(kernel: str) -> tables.Config:
+        return tables.config(kernel, kind, (capability // 10, capability % 10), "none")
+
+    outputs = passes.new_outputs(this)
+    found = list(passes.forward_pass(this, outputs, config("forward")))
+    if not this.skip_below:
+        found += passes.Backward(this, outputs, passes.Gradients(*[True] * 9, False), config).launches()
+    return {launch.kernel.__name__: launch for launch in found}
+
+
+def reports(capability: int, kind: str, skip: bool) -> dict[str, Report]:
+    found = launches_of(call(PRECISIONS[kind], skip), capability, kind)
+    return {name: compile_launch(launch, capability) for name, launch in found.items()}
+
+
+def key(capability: int, kind: str, skip: bool) -> str:
+    return f"sm_{capability}/{kind}" + ("/skip" if skip else "")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: key(*case))
+def test_compiled_kernels(case):
+    capability, kind, _ = case
+    table = json.loads(TABLE.read_text())
+    for name, report in reports(*case).items():
+        assert report.spills == 0, (name, report)
+        assert report.registers > 32, f"{name} was compiled to a stub: {report}"
+        assert report.shared <= SHARED_MEMORY[capability], (name, report)
+        if kind != "ieee" and name not in NO_PRODUCTS:
+            assert report.matrix >= 2, f"{name} uses no matrix unit: {report}"
+        if table["triton"] == triton.__version__:
+            assert report._asdict() == pytest.approx(table[key(*case)][name], rel=0.05), name
+
+
+def test_sizes_of_one_compile():
+    """Triton makes a constant of an integer that is 1, and constants lack the methods of tensors."""
+    this = call(PRECISIONS["half"], skip=False)._replace(size=(1, 1), pos_x=None, pos_y=None)
+    this = this._replace(x=this.x[:, :, :1, :1])
+    for launch in launches_of(this, 90, "half").values():
+        assert compile_launch(launch, 90).registers > 32
+
+
+if __name__ == "__main__":
+    figures = {key(*case): {n: r._asdict() for n, r in reports(*case).items()} for case in CASES}
+    TABLE.write_text(json.dumps({"triton": triton.__version__, **figures}, indent=1) + "\n")
