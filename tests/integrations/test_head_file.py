@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from support import models
-from support.models import BOTH, assert_equal, assert_untouched, disturb, fingerprint, predict, state
 
 import moe3d
 from moe3d.integrations import patched_heads
+from support import models
+from support.models import BOTH, assert_equal, assert_untouched, disturb, fingerprint, predict, state
 
 TRAINED = {
     "num_experts": 3, "gate_hidden": 8, "init_noise": 0.03, "temperature": 0.5, "mode": "argmax", "gap": 0.2, "seed": 7,

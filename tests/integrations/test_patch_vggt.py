@@ -11,6 +11,12 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import moe3d
+from moe3d.integrations.dpt import PatchedDPTHead
+from moe3d.models import DPTHead
 from support import ddp, models
 from support.models import (
     BOTH,
@@ -25,12 +31,6 @@ from support.models import (
     state,
     tensors,
 )  # fmt: skip
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-
-import moe3d
-from moe3d.integrations.dpt import PatchedDPTHead
-from moe3d.models import DPTHead
 
 STOCK = {"init_noise": 0.0, "optimize_head": False, "backend": "reference"}
 

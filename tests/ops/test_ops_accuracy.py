@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from support import truth
 from support.accuracy import assert_as_accurate_as_pytorch
 from support.problems import Problem, random_problem

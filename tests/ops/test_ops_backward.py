@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import truth
-from support.problems import Problem, operator_arguments, random_problem
 
 from moe3d.ops import reference
 from moe3d.ops.schema import moe_head_backward_op, moe_head_op
 from moe3d.ops.types import HeadTensors
+from support import truth
+from support.problems import Problem, operator_arguments, random_problem
 
 
 def gradients(problem: Problem, names=None, **call):

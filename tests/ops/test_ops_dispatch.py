@@ -6,12 +6,12 @@ import threading
 
 import pytest
 import torch
-from support.problems import random_problem
 
 import moe3d
 from moe3d.ops import dispatch
 from moe3d.ops.backend import Backend
 from moe3d.ops.reference import ReferenceBackend
+from support.problems import random_problem
 
 ORDER = ["triton", "cuda", "cpu", "reference"]
 

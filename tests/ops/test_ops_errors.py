@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from support.problems import GATE, random_problem
 
 from moe3d.functional import moe_head
+from support.problems import GATE, random_problem
 
 B, C, K, HD, HG, OUT = 2, 6, 3, 5, 4, 2
 SIZE = (7, 9)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from support import truth
 from support.problems import GATE, Problem, random_problem
 
@@ -135,6 +136,17 @@ def test_zero_logits_give_exactly_uniform_weights(runner, experts):
     output = problem.with_tensors(**zero).run(backend=runner.backend, return_experts=True)
     assert (output.weights == torch.tensor(1 / experts)).all()
     assert_close(output.entropy, torch.full_like(output.entropy, math.log(experts)), 1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-4, 15.0, 60.0])
+@pytest.mark.parametrize("experts", [2, 3, 5, 7, 11, 13, 16])
+def test_entropy_is_bounded_where_rounding_could_break_it(runner, experts, spread):
+    """Next to log K and next to 0."""
+    problem = random_problem(experts=experts, gate_logits=True, size=(12, 13), device=runner.device)
+    zero = {name: torch.zeros_like(problem.tensors[name]) for name in ("gate_w2", "gate_b2")}
+    logits = spread * problem.tensors["gate_logits"]
+    entropy = problem.with_tensors(**zero, gate_logits=logits).run(backend=runner.backend).entropy
+    assert (entropy >= 0).all() and (entropy <= torch.tensor(math.log(experts))).all()
 
 
 @pytest.mark.parametrize("mode", ["argmax", "switch"])

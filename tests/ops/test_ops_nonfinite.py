@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from support import truth
 from support.problems import random_problem
 
@@ -134,6 +135,34 @@ def test_an_overflowing_expert_that_is_not_chosen_is_not_noticed(runner, mode):
         assert leaf.grad.isfinite().all(), name
         if name.startswith("expert"):
             assert not leaf.grad[1].any(), name
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e-45])
+def test_extreme_logits_at_extreme_temperatures(runner, temperature):
+    """200 / 1e-38 overflows; the weights must still be 1 and 0, and the entropy 0."""
+    problem = random_problem(experts=3, gate_logits=True, temperature=temperature, device=runner.device)
+    logits = torch.zeros_like(problem.tensors["gate_logits"])
+    logits[:, 2] = 200.0
+    output = problem.with_tensors(gate_logits=logits).run(backend=runner.backend, return_experts=True)
+    assert torch.equal(output.weights[:, 2], torch.ones_like(output.entropy)) and not output.weights[:, :2].any()
+    assert not output.entropy.any() and torch.equal(output.prediction, output.hypotheses[:, 2])
+
+
+def test_a_logit_of_minus_infinity_switches_an_expert_off(runner):
+    problem = random_problem(experts=3, gate_logits=True, device=runner.device)
+    logits = problem.tensors["gate_logits"].clone()
+    logits[:, 1] = -math.inf
+    problem = problem.with_tensors(gate_logits=logits).leaves()
+    output = problem.run(backend=runner.backend, return_experts=True)
+    assert not output.weights[:, 1].any()
+    kept = [0, 2]
+    fewer = {name: t[kept] for name, t in problem.tensors.items() if name.startswith(("expert", "gate_w2", "gate_b2"))}
+    expected = problem.with_tensors(**fewer, gate_logits=logits[:, kept]).run(backend=runner.backend)
+    for name in ("prediction", "confidence", "entropy"):
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+    torch.autograd.backward([o.sum() for o in output])
+    assert all(leaf.grad.isfinite().all() for leaf in problem.tensors.values())
+    assert not problem.tensors["gate_logits"].grad[:, 1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.problems import operator_arguments, random_problem
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moe3d
 from moe3d.functional import moe_head
 from moe3d.ops.schema import moe_head_backward_op, moe_head_op
+from support.problems import operator_arguments, random_problem
 
 KINDS = [
     {"pos": True, "gate_logits": True},

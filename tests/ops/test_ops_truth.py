@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from support import truth
 from support.problems import Problem, random_problem
 
