@@ -17,7 +17,7 @@ VENV_FLAGS :=
 PIP_FLAGS  := -c constraints.txt
 endif
 
-.PHONY: demo test test-real native-sanitize lint clean
+.PHONY: demo test test-real bench gpu native-sanitize lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
@@ -28,6 +28,15 @@ test: $(VENV)/.tools
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
 test-real: $(VENV)/.tools
 	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m real_vggt
+
+# Appends to bench/results/ and draws bench/results/*.svg anew.
+bench: $(VENV)/.tools
+	$(VENV)/bin/pytest bench --benchmark-only --record
+	$(PY) -m bench.plot
+
+# For a machine with a GPU and no network: resumable stages, the most valuable first; elsewhere a dry run.
+gpu:
+	$(PYTHON) -m bench.gpu
 
 # The C++ CPU kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer.
 native-sanitize: build/sanitize/native_driver

@@ -19,7 +19,6 @@ import moe3d
 from moe3d.benchmark.accuracy import Error, Judge, Outputs, truth
 from moe3d.benchmark.case import VGGT_CHUNK, Case, Weights, random_inputs, random_weights
 from moe3d.benchmark.race import Contestant, Unavailable
-from moe3d.ops import dispatch
 from moe3d.position import position_tables
 
 STOCK = "stock"
@@ -30,6 +29,8 @@ BY_EXPERT_CACHED = "eager by expert, cached embedding"
 CONCATENATED = "eager concatenated"
 CHANNELS_LAST = "eager concatenated, channels_last"
 COMPILED = "torch.compile"
+
+_FORMULATIONS = {"cpu": "low-resolution"}  # what backends execute, where it is not the direct form; for the counts
 
 Tail = Callable[[Tensor], Outputs]
 
@@ -187,14 +188,12 @@ _PLAIN = [
 def peers() -> dict[str, Peer]:
     """All of them by name; those that judge come first. The package's backends go by their own names."""
     backends = [
-        Peer(name, lambda case, w, name=name: backend_tail(case, w, name), formulation=formulation_of(name))
+        Peer(
+            name, lambda case, w, name=name: backend_tail(case, w, name), formulation=_FORMULATIONS.get(name, "direct")
+        )
         for name in moe3d.backends()
     ]
     return {peer.name: peer for peer in _PLAIN + backends}
-
-
-def formulation_of(backend: str) -> str:
-    return getattr(dispatch._REGISTRY[backend], "formulation", "direct")
 
 
 class TailField:

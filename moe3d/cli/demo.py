@@ -22,7 +22,7 @@ from moe3d.benchmark.statistics import ratio_of_medians
 from moe3d.data import Sample, open_dataset
 from moe3d.evaluation import Frame, flying_points
 from moe3d.integrations import patched_heads
-from moe3d.ops.dispatch import AUTO, NAMES
+from moe3d.ops.dispatch import AUTO, NAMES, automatic_backends
 from moe3d.reconstruct import output_folder, write_glb, write_ply
 from moe3d.reconstruct.comparison import METRICS, SceneComparison, compare_heads, prepare_views
 from moe3d.reconstruct.images import resize_note
@@ -32,7 +32,7 @@ from moe3d.viz.pictures import depth_range
 
 WIDTH = 336  # of the images: the shipped network was trained on small ones, and is worse at VGGT's 518
 ROUNDS = 5  # of timing, interleaved
-GPU_BACKENDS = ("triton", "cuda")
+GPU_BACKENDS, CPU_BACKENDS = ("triton", "cuda"), ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,9 @@ def choose_backend(asked_for: str, has_gpu: bool) -> tuple[str, str]:
     device = "cuda" if has_gpu and asked_for != "cpu" else "cpu"
     if asked_for != AUTO:
         return asked_for, device
-    can_run = (name for name, reason in moe3d.backends().items() if reason is None)
-    return next(name for name in can_run if device == "cuda" or name not in GPU_BACKENDS), device
+    # Those of the other device cannot serve; the reference backend, the last in the list, serves both.
+    elsewhere = CPU_BACKENDS if device == "cuda" else GPU_BACKENDS
+    return next(name for name in automatic_backends() if name not in elsewhere), device
 
 
 def write_demo(

@@ -44,13 +44,18 @@ def backends() -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in _REGISTRY.items()}
 
 
+def automatic_backends() -> list[str]:
+    """The backends that "auto" may choose on this machine, the fastest first."""
+    return [name for name, backend in _REGISTRY.items() if backend.automatic and backend.unavailable() is None]
+
+
 def select(name: str, tensors: HeadTensors, options: HeadOptions) -> Backend:
     """The backend that serves this call; "auto" takes the fastest that can.
 
     Raises RuntimeError with the reason where an explicitly chosen backend cannot run, or none can.
     """
-    automatic = [candidate for candidate, backend in _REGISTRY.items() if backend.automatic]
-    for candidate in automatic if name == AUTO else (name,):
+    reason = None
+    for candidate in automatic_backends() if name == AUTO else (name,):
         reason = _why_not(_REGISTRY[candidate], tensors, options)
         if reason is None:
             return _REGISTRY[candidate]

@@ -33,7 +33,7 @@ class TritonBackend(Backend):
 
     @property
     def automatic(self) -> bool:
-        return not _interpreting()
+        return False  # until `make gpu` has found it right on a GPU; until then it is used where it is asked for
 
     def unavailable(self) -> str | None:
         return _no_triton() or _no_device()

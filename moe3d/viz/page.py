@@ -123,6 +123,13 @@ def gate_words(weights: np.ndarray) -> str:
     )
 
 
+def entropy_words(weights: np.ndarray) -> str:
+    """How undecided the gate [K, H, W] is on average, in a sentence."""
+    terms = weights * np.log(weights, where=weights > 0, out=np.zeros(weights.shape))
+    share = abs(terms.sum(axis=0).mean()) / max(np.log(len(weights)), 1e-6)
+    return f"On average it reaches {share:.0%} of log {len(weights)}, the value of a gate that prefers none."
+
+
 def _judge(key: str, stock: float | None, moe: float | None) -> str | None:
     if stock is None or moe is None:
         return None
@@ -221,7 +228,7 @@ def _scene_words(numbers: Mapping) -> str:
     stock, moe, floor = numbers["stock"], numbers["moe"], numbers["truth_flying_rate"]
     words = compare_words(stock, moe)
     if stock["si_f1"] is not None and moe["si_f1"] is not None and max(stock["si_f1"], moe["si_f1"]) < EDGES:
-        words += " Neither head’s depth edges are where the true ones are."
+        words += " Neither head’s depth edges are where the true ones are, so flying points say little here."
     if floor:
         words += (
             f" A perfect prediction would count {floor:.1%} flying points, where a window holds more than two surfaces."
@@ -277,7 +284,7 @@ def _gate_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
 
 
 def _entropy_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
-    caption = "<b>Entropy</b> of the gate: how undecided it is between experts."
+    caption = f"<b>Entropy</b> of the gate: how undecided it is. {entropy_words(scene.weights)}"
     ends = f"<span>sure</span>{_ramp('entropy')}<span>undecided (log {len(scene.weights)})</span>"
     legend = f'<div class="legend always">{ends}</div>'
     return _figure(pictures["entropy"], f"Entropy, {scene.title}", caption + legend, "third")

@@ -6,11 +6,11 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
-from support.results import made_up_records
 
 from bench import plot
 from moe3d.benchmark.case import Case
 from moe3d.benchmark.records import append_jsonl
+from support.results import made_up_records
 
 CASES = [Case(), *(Case(frames, 154) for frames in (1, 2, 8)), *(Case(experts=k) for k in (1, 2, 8))]
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.results import CEILINGS, made_up_records
 
 from bench.gpu.state import State
+from moe3d.benchmark import peers
 from moe3d.benchmark.accuracy import Error
 from moe3d.benchmark.case import Case
 from moe3d.benchmark.machine import describe
@@ -17,6 +17,7 @@ from moe3d.benchmark.peers import CONCATENATED, STOCK, STOCK_CACHED
 from moe3d.benchmark.race import Outcome
 from moe3d.benchmark.records import BASELINES, Record, append_jsonl, read_jsonl, records_of
 from moe3d.benchmark.tables import milliseconds, summary
+from support.results import CEILINGS, made_up_records
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 CASE = Case(frames=8, height=154)
@@ -50,9 +51,7 @@ def test_fractions_of_the_ceiling(records):
 
 
 def test_a_backend_with_another_formulation_is_counted_by_it(monkeypatch):
-    from moe3d.ops import dispatch
-
-    monkeypatch.setattr(dispatch._REGISTRY["reference"], "formulation", "low-resolution", raising=False)
+    monkeypatch.setitem(peers._FORMULATIONS, "reference", "low-resolution")
     roof = next(r for r in made_up_records(CASE) if r.peer == "reference").roof
     assert roof["formulation"] == "low-resolution"
     assert roof["direct_gflops"] / roof["gflops"] == pytest.approx(1.75**2, rel=0.01)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
@@ -16,37 +15,51 @@ from moe3d.ops.reference import ReferenceBackend
 CASE = Case(1, 28, 28, experts=2)
 
 
-class TwoWays(ReferenceBackend):
-    """A fast way, a slow way, and the fastest, which is wrong."""
+class ThreeWays(ReferenceBackend):
+    """A slow way, a fast way, and the fastest, which is wrong."""
 
-    def __init__(self, table):
-        self.tuned_table = table
+    def __init__(self):
+        self.choices = {}
 
     def candidates(self, tensors, options):
         right = self.forward(tensors, options)
         wrong = right._replace(confidence=right.confidence + 1)
         return {"slow": lambda: time.sleep(0.02) or right, "fast": lambda: right, "wrong": lambda: wrong}
 
+    def choose(self, tensors, options, candidate):
+        self.choices[tensors.x.shape, options.precision] = candidate
+
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
-    path = tmp_path / "tables" / "tuned.json"
-    monkeypatch.setitem(dispatch._REGISTRY, "triton", TwoWays(path))
-    return path
+def backend(monkeypatch):
+    tunable = ThreeWays()
+    monkeypatch.setitem(dispatch._REGISTRY, "triton", tunable)
+    return tunable
 
 
-def test_the_fastest_right_candidate_is_written_down(table):
-    results = tune("triton", "cpu", [CASE], Effort(0, 3, 3))
-    times = results[case_key(CASE)]
-    assert times["slow"] >= 20 > times["fast"] and "wrong: relative RMS error" in times["wrong"]
-    assert json.loads(table.read_text()) == {"cpu": {case_key(CASE): "fast"}}
+def test_the_fastest_right_candidate_is_chosen(backend):
+    result = tune("triton", "cpu", [CASE], Effort(0, 3, 3))[case_key(CASE)]
+    assert result["chosen"] == "fast" and result["times_ms"]["slow"] >= 20 > result["times_ms"]["fast"]
+    assert "wrong" not in result["times_ms"] and "wrong: relative RMS error" in result["refused"]["wrong"]
+    assert backend.choices == {((1, 128, 16, 16), "ieee"): "fast"}
 
 
-def test_other_devices_choices_stay(table):
-    table.parent.mkdir()
-    table.write_text(json.dumps({"NVIDIA H200": {"a": "b"}}))
-    tune("triton", "cpu", [CASE], Effort(0, 1, 1))
-    assert json.loads(table.read_text())["NVIDIA H200"] == {"a": "b"}
+def test_nothing_is_chosen_where_all_are_wrong(backend, monkeypatch):
+    monkeypatch.setattr(backend, "candidates", lambda tensors, options: {"broken": lambda: 1 / 0})
+    result = tune("triton", "cpu", [CASE], Effort(0, 1, 1))[case_key(CASE)]
+    assert result == {"times_ms": {}, "refused": {"broken": "ZeroDivisionError: division by zero"}, "chosen": None}
+    assert backend.choices == {}
+
+
+def test_cases_have_names_of_their_own():
+    cases = [
+        CASE,
+        Case(1, 28, 42, experts=2),
+        Case(2, 28, 28, experts=2),
+        Case(1, 28, 28),
+        Case(1, 28, 28, 2, precision="bf16"),
+    ]
+    assert len({case_key(case) for case in cases}) == len(cases)
 
 
 def test_a_backend_with_nothing_to_choose():

@@ -308,9 +308,18 @@ def test_termination_leaves_nothing(small_demo, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_the_backend_and_its_device(monkeypatch, asked_for, can_run, has_gpu, chosen):
-    reasons = {name: None if name in can_run else "no" for name in ("triton", "cuda", "cpu", "reference")}
-    monkeypatch.setattr(moe3d, "backends", lambda: reasons)
+    in_order = [name for name in ("triton", "cuda", "cpu", "reference") if name in can_run]
+    monkeypatch.setattr(demo, "automatic_backends", lambda: in_order)
     assert demo.choose_backend(asked_for, has_gpu) == chosen
+
+
+def test_the_shipped_weights_run_at_the_demos_own_size(tmp_path):
+    report = demo.write_demo(tmp_path, demo.load_models("auto"), demo.SCENES[:1], rounds=1)
+    (scene,) = report["scenes"]
+    assert scene["model_size"] == [224, 336]
+    assert all(
+        scene[head]["delta1"] > 0.7 for head in ("stock", "moe")
+    )  # the model card says 0.76; a constant has 0.55
 
 
 def test_the_scenes_are_what_the_report_says():

@@ -300,6 +300,21 @@ def test_chunks_of_frames_change_nothing(make, chunk):
     assert model.depth_head.take_extras()["entropy"].shape == (1, 3, HEIGHT, WIDTH)
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_each_frame_meets_its_own_image_whatever_the_chunk(make, chunk):
+    model = disturb(moe3d.patch_vggt(make(), 3, image_gate=True, return_experts=True))
+    args, kwargs = depth_tokens(model, images(3))
+    found = []
+    for size in (chunk, None):
+        model.depth_head.expect_extras()
+        with torch.no_grad():
+            pair = model.depth_head(*args, **kwargs, frames_chunk_size=size)
+        found.append((*pair, *model.depth_head.take_extras().values()))
+    for a, b in zip(*found, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_chunk_of_no_frames_is_an_error():
     model = moe3d.patch_vggt(models.mini())
     args, kwargs = depth_tokens(model, images(3))

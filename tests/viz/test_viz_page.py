@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from moe3d.viz.page import compare_words, gate_words, render_page
+from moe3d.viz.page import compare_words, entropy_words, gate_words, render_page
 
 METRICS = ("abs_rel", "delta1", "si_f1", "flying_rate")
 
@@ -103,7 +103,7 @@ def test_values_next_to_zero_are_not_compared_by_their_ratio(small_report):
     report, scenes = small_report
     entry = report["scenes"][0]
     blurred = entry | {"stock": entry["stock"] | {"si_f1": 0.01}, "moe": entry["moe"] | {"si_f1": 0.04}}
-    sentence = "Neither head’s depth edges are where the true ones are."
+    sentence = "Neither head’s depth edges are where the true ones are,"
     assert sentence in render_page({**report, "scenes": [blurred]}, scenes[:1])
     assert sentence not in render_page(report, scenes)
 
@@ -123,6 +123,12 @@ def test_the_gate_is_described_by_its_weights():
     )
     uniform = np.full((4, 2, 50), 0.25)
     assert gate_words(uniform).startswith("1 of 4 experts leads") and "on 0% of all pixels" in gate_words(uniform)
+
+
+@pytest.mark.parametrize(("weights", "share"), [([0.25] * 4, "100%"), ([1, 0, 0, 0], "0%"), ([0.5, 0.5, 0, 0], "50%")])
+def test_the_entropy_is_told_as_a_share_of_its_maximum(weights, share):
+    gate = np.broadcast_to(np.array(weights, dtype=np.float32)[:, None, None], (4, 3, 5))
+    assert entropy_words(gate).startswith(f"On average it reaches {share} of log 4,")
 
 
 def test_numbers_and_pictures_must_belong_together(small_report):
