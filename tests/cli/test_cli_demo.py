@@ -160,10 +160,11 @@ def test_the_command_says_what_it_does_and_ends_with_a_table(small_demo, tmp_pat
     output, errors = capsys.readouterr()
     lines = output.splitlines()
     assert lines[0] == "Motorcycle: 2 views, 500x741 resized to 70x112, multiples of 14, as VGGT's loader does"
-    values = json.loads((tmp_path / "out" / "report.json").read_text())["scenes"][0]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    values = report["scenes"][0]
     row = next(line.split() for line in lines if line.startswith("motorcycle"))
     assert row[1:3] == [f"{values[head]['abs_rel']:.3f}" for head in ("stock", "moe")]
-    assert any("overhead" in line and "reference backend" in line for line in lines)
+    assert any("overhead" in line and f"{report['backend']} backend" in line for line in lines)
     assert lines[-1] == f"report: {tmp_path / 'out' / 'report.html'}"
     assert errors == ""
 
@@ -302,6 +303,7 @@ def test_termination_leaves_nothing(small_demo, tmp_path, monkeypatch, capsys):
         ("auto", {"triton", "cuda", "cpu", "reference"}, True, ("triton", "cuda")),
         ("auto", {"triton", "cpu", "reference"}, False, ("cpu", "cpu")),
         ("auto", {"reference"}, False, ("reference", "cpu")),
+        ("auto", {"cpu", "reference"}, True, ("reference", "cuda")),
         ("cpu", {"triton", "cpu", "reference"}, True, ("cpu", "cpu")),
         ("reference", {"triton", "reference"}, True, ("reference", "cuda")),
         ("cuda", {"reference"}, False, ("cuda", "cpu")),
