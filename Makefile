@@ -27,6 +27,7 @@ test: $(VENV)/.tools
 
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
 test-real: $(VENV)/.tools
+	$(PY) -m pip install -q $(PIP_FLAGS) huggingface_hub einops
 	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m real_vggt
 
 # Appends to bench/results/ and draws bench/results/*.svg anew.
