@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,18 @@ def truth(x: Tensor, weights: Weights, size: tuple[int, int], pos: tuple[Tensor,
 
     Differentiable. ``x`` and ``weights`` are taken as they are rounded; ``pos`` are the embedding's tables.
     """
-    weights = weights.to(torch.float64)
+    weights = weights.map(Tensor.double)
     rows, columns = (_interpolation(n, target, x) for n, target in zip(x.shape[-2:], size, strict=True))
     by_column, by_row = (table.double().T for table in pos)
     grid = (len(by_row), *size)
     position = torch.cat([by_column[:, None, :].expand(grid), by_row[:, :, None].expand(grid)])
-    frames = [_true_frame(rows @ frame.double() @ columns.T + position, weights) for frame in x]
-    return Outputs(*(None if parts[0] is None else torch.stack(parts) for parts in zip(*frames, strict=True)))
+    return join([_true_frame(rows @ frame.double() @ columns.T + position, weights) for frame in x])
+
+
+def join(parts: Sequence[Outputs]) -> Outputs:
+    """Outputs of several frames, or groups of them, as those of one call."""
+    joined: Any = (None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return Outputs(*joined)
 
 
 def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
@@ -54,16 +59,17 @@ def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
 
 
 def _true_frame(features: Tensor, w: Weights) -> Outputs:
-    z = torch.stack([_block(features, *expert) for expert in zip(*w[:4], strict=True)])  # [K, O, H, W]
+    """Of one frame [C, H, W]; outputs with a batch of one."""
+    z = torch.stack([_block(features, *expert) for expert in w.experts])  # [K, O, H, W]
     prediction, confidence = z[:, :-1].exp(), 1 + z[:, -1].exp()
-    if w.gate_w1 is None:
-        return Outputs(prediction[0], confidence[0], None)
-    log_weights = _block(features, *w[4:]).log_softmax(0)
+    if w.gate is None:
+        return Outputs(prediction, confidence, None)
+    log_weights = _block(features, *w.gate).log_softmax(0)
     mix = log_weights.exp()
     return Outputs(
-        torch.einsum("khw,kohw->ohw", mix, prediction),
-        torch.einsum("khw,khw->hw", mix, confidence),
-        -(mix * log_weights).sum(0),
+        torch.einsum("khw,kohw->ohw", mix, prediction)[None],
+        torch.einsum("khw,khw->hw", mix, confidence)[None],
+        -(mix * log_weights).sum(0, keepdim=True),
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +97,9 @@ class Case:
         return asdict(self)
 
 
+Block = tuple[Tensor, Tensor, Tensor, Tensor]  # weight and bias of a 3x3, weight and bias of a 1x1
+
+
 class Weights(NamedTuple):
     """A head's parameters under the names of :func:`moe3d.moe_head`; the gate's are None where there is one expert."""
 
@@ -109,8 +112,22 @@ class Weights(NamedTuple):
     gate_w2: Tensor | None  #   [K, Hg]
     gate_b2: Tensor | None  #   [K]
 
-    def to(self, *args, **kwargs) -> Weights:
-        return Weights(*(None if t is None else t.to(*args, **kwargs) for t in self))
+    @property
+    def experts(self) -> list[Block]:
+        """Each expert's two layers."""
+        return list(zip(*self[:4], strict=True))  # type: ignore[arg-type]  # these four are never None
+
+    @property
+    def gate(self) -> Block | None:
+        return None if self.gate_w1 is None else self[4:]  # type: ignore[return-value]  # all four or none
+
+    @property
+    def present(self) -> list[Tensor]:
+        return [t for t in self if t is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Weights:
+        changed: Any = (None if t is None else change(t) for t in self)
+        return Weights(*changed)
 
 
 def random_weights(case: Case, seed: int) -> Weights:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import moe3d
-from moe3d.benchmark.accuracy import Error, Judge, truth
+from moe3d.benchmark.accuracy import Error, Judge, join, truth
 from moe3d.benchmark.case import VGGT_CHUNK, Case, Weights, random_weights
 from moe3d.benchmark.peers import (
     BY_EXPERT,
@@ -34,19 +35,31 @@ from moe3d.models.dpt import DPTHead
 from moe3d.nn import MoEHead
 from moe3d.position import position_tables
 
+Model = Any  # VGGT's or ours: known by its attributes
+Head = Any
+Tokens = Mapping[int, Tensor] | Sequence[Tensor]  # by layer of the backbone
+
 SPECIAL_TOKENS = 5
-_JUDGES = {STOCK_CACHED: None, STOCK: STOCK_CACHED, BY_EXPERT: None}  # the plain peers, and by whom each is judged
+_JUDGES: dict[str, str | None] = {
+    STOCK_CACHED: None,
+    STOCK: STOCK_CACHED,
+    BY_EXPERT: None,
+}  # the plain peers, and by whom each is judged
 
 
 def names() -> list[str]:
     return [*_JUDGES, *moe3d.backends()]
 
 
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[2], x.shape[3]
+
+
 class RebuiltEmbedding:
     """Mixed into a DPT head: VGGT's embedding, as VGGT computes it."""
 
     def _apply_pos_embed(self, x: Tensor, W: int, H: int) -> Tensor:
-        return x + embedding(x.shape[2:], x.shape[1], x.device, W / H).to(x.dtype)
+        return x + embedding(_size(x), x.shape[1], x.device, W / H).to(x.dtype)
 
 
 class CachedEmbedding:
@@ -56,11 +69,11 @@ class CachedEmbedding:
         kept = self.__dict__.setdefault("kept_embeddings", {})
         key = (x.shape[1:], W / H, x.dtype)
         if key not in kept:
-            kept[key] = embedding(x.shape[2:], x.shape[1], x.device, W / H).to(x.dtype).contiguous()
+            kept[key] = embedding(_size(x), x.shape[1], x.device, W / H).to(x.dtype).contiguous()
         return x + kept[key]
 
 
-def _mix_in(head: nn.Module, mixin: type) -> nn.Module:
+def _mix_in(head: Head, mixin: type) -> Head:
     head.__class__ = type(mixin.__name__, (mixin, type(head)), {})
     return head
 
@@ -68,20 +81,17 @@ def _mix_in(head: nn.Module, mixin: type) -> nn.Module:
 class EagerHead(nn.Module):
     """A stock head's front with a mixture in plain PyTorch behind it, in VGGT's chunks of frames."""
 
-    def __init__(self, stock: nn.Module, tail: Tail):
+    def __init__(self, stock: Head, tail: Tail):
         super().__init__()
         self.stock, self.tail = stock, tail
 
-    def forward(self, tokens: Sequence[Tensor], images: Tensor, patch_start_idx: int) -> tuple[Tensor, Tensor]:
-        outputs = []
-        for start in range(0, images.shape[1], VGGT_CHUNK):
-            frames = slice(start, start + VGGT_CHUNK)
-            outputs.append(self.tail(front(self.stock, tokens, images, patch_start_idx, frames)))
-        prediction = torch.cat([o.prediction for o in outputs]).movedim(1, -1)
-        return prediction[None], torch.cat([o.confidence for o in outputs])[None]
+    def forward(self, tokens: Tokens, images: Tensor, patch_start_idx: int) -> tuple[Tensor, Tensor]:
+        chunks = [slice(start, start + VGGT_CHUNK) for start in range(0, images.shape[1], VGGT_CHUNK)]
+        outputs = join([self.tail(front(self.stock, tokens, images, patch_start_idx, frames)) for frames in chunks])
+        return outputs.prediction.movedim(1, -1)[None], outputs.confidence[None]
 
 
-def front(head: nn.Module, tokens: Sequence[Tensor], images: Tensor, patch_start_idx: int, frames: slice) -> Tensor:
+def front(head: Head, tokens: Tokens, images: Tensor, patch_start_idx: int, frames: slice) -> Tensor:
     """A DPT head's features before the tail, [frames, C, h, w], of a batch of one sequence."""
     height, width = images.shape[-2:]
     grid = (height // head.patch_size, width // head.patch_size)
@@ -96,11 +106,11 @@ def front(head: nn.Module, tokens: Sequence[Tensor], images: Tensor, patch_start
 class HeadAlone(nn.Module):
     """A model that is nothing but its depth head."""
 
-    def __init__(self, head: nn.Module):
+    def __init__(self, head: Head):
         super().__init__()
         self.depth_head = head
 
-    def forward(self, tokens: Sequence[Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tokens, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.depth_head(tokens, images=images, patch_start_idx=SPECIAL_TOKENS)
 
 
@@ -109,7 +119,7 @@ class ModelField:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         inputs: tuple,
         case: Case,
         names: Sequence[str],
@@ -139,14 +149,14 @@ class ModelField:
         return lambda i: self.run(model)
 
     @torch.no_grad()
-    def _check(self, name: str, outputs: object) -> Error:
+    def _check(self, name: str, outputs: Any) -> Error:
         pair = (outputs["depth"], outputs["depth_conf"]) if isinstance(outputs, dict) else outputs
         experts = 1 if name in (STOCK, STOCK_CACHED) else self.case.experts
         if experts not in self._truths:
             self._truths[experts] = self._true_pair(self.weights[experts])
         return self.judge(name, _JUDGES.get(name, BY_EXPERT), pair, self._truths[experts])
 
-    def _variant(self, name: str) -> nn.Module:
+    def _variant(self, name: str) -> Model:
         model = self._sibling()
         head, mixture = model.depth_head, self.weights[self.case.experts]
         if name == STOCK:
@@ -157,12 +167,12 @@ class ModelField:
             tail = by_expert(features(self.case, cached=False), mixture)
             model.depth_head = EagerHead(_mix_in(head, RebuiltEmbedding), tail)
         else:
-            options = {"skip_below": 0.0, "backend": name, "precision": self.case.precision}
+            options: dict[str, Any] = {"skip_below": 0.0, "backend": name, "precision": self.case.precision}
             patch_vggt(model, self.case.experts, self.case.gate_hidden, **options)
             _load_mixture(head.tail, mixture)
         return model
 
-    def _sibling(self) -> nn.Module:
+    def _sibling(self) -> Model:
         """A copy that shares everything but the depth head."""
         shared = {id(child): child for name, child in self.model.named_children() if name != "depth_head"}
         return copy.deepcopy(self.model, shared)
@@ -170,12 +180,9 @@ class ModelField:
     def _true_pair(self, weights: Weights) -> tuple[Tensor, Tensor]:
         """Depth and confidence in float64 from the tokens that the head gets: its own error, not the backbone's."""
         size = self.case.size
-        aspect = self.case.width / self.case.height
-        true = []
-        for x in self._true_features:
-            true.append(truth(x, weights, size, position_tables(size, x.shape[1], aspect, x.float())))
-        prediction = torch.cat([t.prediction for t in true]).movedim(1, -1)
-        return prediction[None], torch.cat([t.confidence for t in true])[None]
+        tables = position_tables(size, self.case.channels, size[1] / size[0], weights.expert_b1)
+        true = join([truth(x, weights, size, tables) for x in self._true_features])
+        return true.prediction.movedim(1, -1)[None], true.confidence[None]
 
     @functools.cached_property
     def _true_features(self) -> list[Tensor]:
@@ -187,12 +194,12 @@ class ModelField:
 
 
 @torch.no_grad()
-def _run(inputs: tuple, device_type: str, autocast: bool, model: nn.Module) -> object:
+def _run(inputs: tuple, device_type: str, autocast: bool, model: Model) -> object:
     with torch.autocast(device_type, torch.bfloat16, enabled=autocast):
         return model(*inputs)
 
 
-def _head_inputs(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[Sequence[Tensor], Tensor, int]:
+def _head_inputs(model: Model, run: Callable[[Model], object]) -> tuple[Tokens, Tensor, int]:
     """Tokens, images and patch_start_idx that the depth head gets."""
     seen = []
 
@@ -208,7 +215,7 @@ def _head_inputs(model: nn.Module, run: Callable[[nn.Module], object]) -> tuple[
 
 
 @torch.no_grad()
-def _calibrate(head: nn.Module, tokens: Sequence[Tensor], images: Tensor, patch_start_idx: int) -> None:
+def _calibrate(head: Head, tokens: Tokens, images: Tensor, patch_start_idx: int) -> None:
     """Features of standard deviation 1 into the tail, so that its outputs vary."""
     scale = front(head, tokens, images, patch_start_idx, slice(0, 1)).std()
     head.scratch.output_conv1.weight /= scale
@@ -216,7 +223,7 @@ def _calibrate(head: nn.Module, tokens: Sequence[Tensor], images: Tensor, patch_
 
 
 @torch.no_grad()
-def _load_block(block: nn.Sequential, w: Weights) -> None:
+def _load_block(block: Any, w: Weights) -> None:
     block[0].weight.copy_(w.expert_w1[0])
     block[0].bias.copy_(w.expert_b1[0])
     block[2].weight.copy_(w.expert_w2[0][:, :, None, None])
@@ -243,7 +250,7 @@ def head_field(case: Case, names: Sequence[str], seed: int = 0) -> ModelField:
     return ModelField(HeadAlone(head).eval(), (tokens, images), case, names, seed)
 
 
-def vggt_head() -> nn.Module:
+def vggt_head() -> Head:
     """VGGT's depth head: the package's own class where it can be imported, else ours of the same arithmetic."""
     try:
         from vggt.heads.dpt_head import DPTHead as Head
@@ -253,7 +260,7 @@ def vggt_head() -> nn.Module:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module, seed: int) -> nn.Module:
+def randomise(module: Any, seed: int) -> Any:
     """Weights under which activations neither vanish nor explode."""
     generator = torch.Generator(next(module.parameters()).device).manual_seed(seed)
     for layer in module.modules():
@@ -280,7 +287,7 @@ def vggt_field(case: Case, names: Sequence[str], seed: int = 0) -> ModelField:
     return _model_field(randomise(model, seed), case, names, seed)
 
 
-def _model_field(model: nn.Module, case: Case, names: Sequence[str], seed: int) -> ModelField:
+def _model_field(model: Model, case: Case, names: Sequence[str], seed: int) -> ModelField:
     generator = torch.Generator(case.device).manual_seed(seed)
     images = torch.rand(1, case.frames, 3, *case.size, generator=generator, device=case.device)
     on_gpu = torch.device(case.device).type == "cuda"

@@ -10,13 +10,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import moe3d
-from moe3d.benchmark.accuracy import Error, Judge, Outputs, truth
+from moe3d.benchmark.accuracy import Error, Judge, Outputs, join, truth
 from moe3d.benchmark.case import VGGT_CHUNK, Case, Weights, random_inputs, random_weights
 from moe3d.benchmark.race import Contestant, Unavailable
 from moe3d.position import position_tables
@@ -78,7 +79,7 @@ def _block(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
 
 def single_head(upsample: Callable, w: Weights) -> Tail:
     """VGGT's tail."""
-    block = [t[0] for t in w[:4]]
+    (block,) = w.experts
 
     def run(x: Tensor) -> Outputs:
         z = _block(upsample(x), *block)
@@ -89,12 +90,13 @@ def single_head(upsample: Callable, w: Weights) -> Tail:
 
 def by_expert(upsample: Callable, w: Weights) -> Tail:
     """The mixture as a loop over the experts."""
-    experts = list(zip(*w[:4], strict=True))
+    experts, gate = w.experts, w.gate
 
     def run(x: Tensor) -> Outputs:
         shared = upsample(x)
-        weights = _block(shared, *w[4:]).softmax(1) if w.gate_w1 is not None else torch.ones_like(shared[:, :1])
-        prediction = confidence = 0
+        weights = torch.ones_like(shared[:, :1]) if gate is None else _block(shared, *gate).softmax(1)
+        prediction: Any = 0.0
+        confidence: Any = 0.0
         for k, expert in enumerate(experts):
             z, weight = _block(shared, *expert), weights[:, k]
             prediction = prediction + weight[:, None] * z[:, :-1].exp()
@@ -106,20 +108,19 @@ def by_expert(upsample: Callable, w: Weights) -> Tail:
 
 def concatenated(upsample: Callable, w: Weights, memory_format: torch.memory_format = torch.contiguous_format) -> Tail:
     """The mixture with one 3x3 convolution for all experts and the gate."""
-    experts, outputs, width = w.expert_w2.shape
-    w1, b1 = w.expert_w1.flatten(0, 1), w.expert_b1.flatten()
-    if w.gate_w1 is not None:
-        w1, b1 = torch.cat([w1, w.gate_w1]), torch.cat([b1, w.gate_b1])
+    (experts, outputs, width), gate = w.expert_w2.shape, w.gate
+    blocks = [*w.experts, *([] if gate is None else [gate])]
+    w1, b1 = (torch.cat([block[i] for block in blocks]) for i in (0, 1))
     w1 = w1.contiguous(memory_format=memory_format)
     w2, b2 = w.expert_w2.reshape(-1, width, 1, 1), w.expert_b2.flatten()
 
     def run(x: Tensor) -> Outputs:
         hidden = F.relu_(F.conv2d(upsample(x), w1, b1, padding=1))
         z = F.conv2d(hidden[:, : experts * width], w2, b2, groups=experts).float().unflatten(1, (experts, outputs))
-        if w.gate_w1 is None:
+        if gate is None:
             weights = torch.ones_like(z[:, :, 0])
         else:
-            weights = F.conv2d(hidden[:, experts * width :], w.gate_w2[:, :, None, None], w.gate_b2).float().softmax(1)
+            weights = F.conv2d(hidden[:, experts * width :], gate[2][:, :, None, None], gate[3]).float().softmax(1)
         prediction = (weights[:, :, None] * z[:, :, :-1].exp()).sum(1)
         confidence = (weights * (1 + z[:, :, -1].exp())).sum(1)
         return Outputs(prediction, confidence, _entropy(weights))
@@ -137,13 +138,14 @@ def compiled(case: Case, w: Weights) -> Tail:
     return torch.compile(concatenated(features(case, cached=True), w), mode=mode, dynamic=False)
 
 
-def backend_tail(case: Case, w: Weights, name: str) -> Tail:
+def backend_tail(name: str, case: Case, w: Weights) -> Tail:
     """This package's operation; the embedding's small tables are rebuilt at every call, as a patched model does."""
+    weights: dict[str, Any] = w._asdict()
 
     def run(x: Tensor) -> Outputs:
         tables = position_tables(case.size, case.channels, case.width / case.height, x)
-        options = {"pos": tables, "backend": name, "precision": case.precision}
-        output = moe3d.moe_head(x, case.size, **w._asdict(), **options)
+        output = moe3d.moe_head(x, case.size, pos=tables, backend=name, precision=case.precision, **weights)
+        assert output.confidence is not None  # it was not asked to leave it out
         return Outputs(output.prediction, output.confidence, output.entropy if case.gated else None)
 
     return run
@@ -188,9 +190,7 @@ _PLAIN = [
 def peers() -> dict[str, Peer]:
     """All of them by name; those that judge come first. The package's backends go by their own names."""
     backends = [
-        Peer(
-            name, lambda case, w, name=name: backend_tail(case, w, name), formulation=_FORMULATIONS.get(name, "direct")
-        )
+        Peer(name, partial(backend_tail, name), formulation=_FORMULATIONS.get(name, "direct"))
         for name in moe3d.backends()
     ]
     return {peer.name: peer for peer in _PLAIN + backends}
@@ -244,8 +244,7 @@ def in_chunks(tail: Tail, x: Tensor) -> Outputs:
     """At most as many frames at a time as VGGT's heads compute."""
     if len(x) <= VGGT_CHUNK:
         return tail(x)
-    parts = [tail(chunk) for chunk in x.split(VGGT_CHUNK)]
-    return Outputs(*(None if p[0] is None else torch.cat(p) for p in zip(*parts, strict=True)))
+    return join([tail(chunk) for chunk in x.split(VGGT_CHUNK)])
 
 
 def with_judges(every: Mapping[str, Peer], names: Sequence[str]) -> list[Peer]:

@@ -61,10 +61,10 @@ class Record:
     peer: str
     case: dict
     run: dict
-    rounds: int = 0
-    p20_ms: float | None = None
-    p50_ms: float | None = None
-    p80_ms: float | None = None
+    rounds: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
     ratios: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     rms_error: float | None = None
     worst_error: float | None = None
@@ -77,8 +77,8 @@ class Record:
         return Ratio(*self.ratios[baseline]) if baseline in self.ratios else None
 
     @property
-    def ms_per_frame(self) -> float | None:
-        return None if self.p50_ms is None else self.p50_ms / self.case["frames"]
+    def ms_per_frame(self) -> float:
+        return self.p50_ms / self.case["frames"]
 
 
 def records_of(
@@ -105,8 +105,8 @@ def _record(
         p50_ms=1e3 * p50,
         p80_ms=1e3 * p80,
         ratios=ratios,
-        rms_error=outcome.error.rms,
-        worst_error=outcome.error.worst,
+        rms_error=outcome.error and outcome.error.rms,
+        worst_error=outcome.error and outcome.error.worst,
         roof=None if ceilings is None else dataclasses.asdict(_roof(case, name, p50, ceilings)),
     )
 

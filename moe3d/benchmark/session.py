@@ -68,9 +68,8 @@ class Session:
         return RACES["tail"].run(few, _ONCE, [peer])[peer]
 
     def _keep(self, suite: str, case: Case, peer: str, seconds: float, **measured) -> None:
-        self.records.append(
-            Record(suite=suite, peer=peer, case=case.asdict(), run=self.run, rounds=1, p50_ms=1e3 * seconds, **measured)
-        )
+        ms = 1e3 * seconds
+        self.records.append(Record(suite, peer, case.asdict(), self.run, 1, ms, ms, ms, **measured))
 
 
 def precisions(device: str) -> tuple[str, ...]:

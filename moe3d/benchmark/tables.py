@@ -49,13 +49,10 @@ def times(records: Sequence[Record]) -> str:
         ("x cached stock", lambda r: _ratio(r, STOCK_CACHED)),
         ("x eager", lambda r: _ratio(r, CONCATENATED)),
         ("error", lambda r: f"{r.rms_error:.0e}"),
+        ("GFLOP/s", lambda r: f"{r.roof['gflops']:.0f}" if r.roof else ""),
+        ("direct GFLOP/s", _direct_rate),
+        ("of ceiling", lambda r: f"{100 * r.roof['fraction']:.0f}% {r.roof['bound']}" if r.roof else ""),
     ]
-    if any(r.roof for r in records):
-        columns += [
-            ("GFLOP/s", lambda r: f"{r.roof['gflops']:.0f}"),
-            ("direct GFLOP/s", lambda r: "" if r.roof["formulation"] == "direct" else f"{r.roof['direct_gflops']:.0f}"),
-            ("of ceiling", lambda r: f"{100 * r.roof['fraction']:.0f}% {r.roof['bound']}"),
-        ]
     title = (
         f"{RACES[records[0].suite].about}\n"
         f"{case.height}x{case.width}, {_frames(case.frames)} a call, K = {case.experts}, {case.precision}, "
@@ -66,7 +63,7 @@ def times(records: Sequence[Record]) -> str:
 
 def memory(records: Sequence[Record]) -> str:
     case = Case(**records[0].case)
-    columns = [("", lambda r: r.peer), ("peak MB", lambda r: f"{r.peak_bytes / 2**20:.0f}")]
+    columns = [("", lambda r: r.peer), ("peak MB", lambda r: f"{r.peak_bytes / 2**20:.0f}" if r.peak_bytes else "")]
     title = f"peak memory of a call of the tail beyond its inputs, {case.height}x{case.width}, {_frames(case.frames)}"
     return f"{title}\n{_table(columns, records)}"
 
@@ -75,8 +72,8 @@ def latency(records: Sequence[Record]) -> str:
     case = Case(**records[0].case)
     columns = [
         ("", lambda r: r.peer),
-        ("first, cold ms", lambda r: milliseconds(r.first_call_ms["cold"])),
-        ("first, warm ms", lambda r: milliseconds(r.first_call_ms["warm"])),
+        ("first, cold ms", lambda r: milliseconds(r.first_call_ms["cold"]) if r.first_call_ms else ""),
+        ("first, warm ms", lambda r: milliseconds(r.first_call_ms["warm"]) if r.first_call_ms else ""),
         ("second ms", lambda r: milliseconds(r.p50_ms)),
     ]
     title = f"first call of the tail in a fresh process, {case.height}x{case.width}, {_frames(case.frames)}"
@@ -123,6 +120,12 @@ def machine(run: dict) -> str:
     if not run["gpu"] and run["load"] is not None and run["load"] > run["cores"] / 2:
         lines.append(f"the machine was busy when this began (load {run['load']}): measure again when it is quiet")
     return "\n".join(lines)
+
+
+def _direct_rate(record: Record) -> str:
+    """Where it is another than the executed one."""
+    roof = record.roof
+    return f"{roof['direct_gflops']:.0f}" if roof and roof["formulation"] != "direct" else ""
 
 
 def milliseconds(value: float) -> str:

@@ -55,7 +55,7 @@ class TrainingField:
         require_backend(peer.name)
         case = peer.of(self.case)
         weights = _parameters(random_weights(case, self.seed))
-        parameters = [w for w in weights if w is not None]
+        parameters = weights.present
         optimiser = torch.optim.AdamW(parameters, lr=1e-6)
 
         def step(i: int) -> list[Tensor]:
@@ -65,7 +65,7 @@ class TrainingField:
             # Built anew in every step: packing the weights is part of it, once they change.
             loss_of(peer.build(case, weights)(x)).backward()
             optimiser.step()
-            return [leaf.grad for leaf in ([*parameters, x] if self.to_features else parameters)]
+            return _gradients([*parameters, x] if self.to_features else parameters)
 
         return step
 
@@ -77,14 +77,18 @@ class TrainingField:
 
     def _true_gradients(self, case: Case) -> list[Tensor]:
         """Frame by frame, which bounds the memory: the loss is a mean over frames."""
-        weights = _parameters(random_weights(case, self.seed).to(torch.float64))
+        weights = _parameters(random_weights(case, self.seed).map(Tensor.double))
         frames = [x.detach().double()[None].requires_grad_(self.to_features) for x in self.inputs[0]]
         for x in frames:
             tables = position_tables(case.size, case.channels, case.width / case.height, self.inputs[0])
             (loss_of(truth(x, weights, case.size, tables)) / case.frames).backward()
-        gradients = [w.grad for w in weights if w is not None]
-        return [*gradients, torch.cat([x.grad for x in frames])] if self.to_features else gradients
+        gradients = _gradients(weights.present)
+        return [*gradients, torch.cat(_gradients(frames))] if self.to_features else gradients
 
 
 def _parameters(weights: Weights) -> Weights:
-    return Weights(*(None if w is None else w.detach().clone().requires_grad_() for w in weights))
+    return weights.map(lambda w: w.detach().clone().requires_grad_())
+
+
+def _gradients(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]

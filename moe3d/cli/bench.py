@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     if precision == "tf32" and device == "cpu":
         raise ValueError("--precision tf32 is arithmetic of CUDA devices, and the device is the CPU")
     races = _races(args.size, args.frames, args.experts, precision, device)
-    session, refused = Session(device), {}
+    session = Session(device)
+    refused: dict[str, str] = {}
     for suite, case, names in tqdm(races, desc="measuring", disable=None, leave=False):
         outcomes = session.race(suite, case, Effort(args.seconds, 3, 200), names)
         refused |= {name: outcome.refused for name, outcome in outcomes.items() if outcome.refused}
