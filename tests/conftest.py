@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -19,12 +21,20 @@ _REAL_VGGT_SKIPS = pytest.StashKey[list]()
 
 def pytest_configure(config):
     config.stash[_REAL_VGGT_SKIPS] = []
-    config.addinivalue_line("markers", "real_vggt: needs the real `vggt` package (make test-real)")
+
+
+@functools.cache
+def _why_no_real_vggt() -> str | None:
+    try:
+        importlib.import_module("vggt.models.vggt")
+    except ImportError as error:
+        return f"the real `vggt` package cannot be imported ({error})"
+    return None
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("real_vggt") is not None:
-        pytest.importorskip("vggt", reason="the real `vggt` package cannot be imported")
+    if item.get_closest_marker("real_vggt") is not None and _why_no_real_vggt():
+        pytest.skip(_why_no_real_vggt())
 
 
 @pytest.hookimpl(wrapper=True)

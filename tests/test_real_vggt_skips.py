@@ -1,0 +1,34 @@
+"""The end of a test run says how many tests the real ``vggt`` package is missing for, and `make test-real` insists."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize(("forbidden", "code", "end"), [("", 0, "imported"), ("1", 1, "MOE3D_NO_SKIPS=1 forbids that")])
+def test_skips_are_counted_and_may_be_forbidden(tmp_path, forbidden, code, end):
+    (tmp_path / "vggt.py").write_text("raise ImportError('not the real one')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}", "MOE3D_NO_SKIPS": forbidden}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "test_position.py",
+        "-k",
+        "real or columns",
+    ]
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    line = next(line for line in done.stdout.splitlines() if "the real `vggt` package" in line)
+    assert line.startswith("6 tests skipped because the real `vggt` package cannot be imported") and line.endswith(end)
+    assert "1 passed, 6 skipped" in done.stdout
