@@ -9,24 +9,17 @@ from pathlib import Path
 
 import pytest
 
+import moe3d
+
 TESTS = Path(__file__).parent
 
 
 @pytest.mark.parametrize(("forbidden", "code", "end"), [("", 0, "imported"), ("1", 1, "MOE3D_NO_SKIPS=1 forbids that")])
 def test_skips_are_counted_and_may_be_forbidden(tmp_path, forbidden, code, end):
     (tmp_path / "vggt.py").write_text("raise ImportError('not the real one')\n")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{TESTS.parent}", "MOE3D_NO_SKIPS": forbidden}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "test_position.py",
-        "-k",
-        "real or columns",
-    ]
+    path = os.pathsep.join([str(tmp_path), str(Path(moe3d.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": path, "MOE3D_NO_SKIPS": forbidden}
+    command = [sys.executable, *"-m pytest -q -p no:cacheprovider test_position.py -k".split(), "real or columns"]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     line = next(line for line in done.stdout.splitlines() if "the real `vggt` package" in line)
