@@ -22,6 +22,7 @@ from support.problems import Problem, random_problem
 RMS_FACTOR, RMS_FLOOR = 1.5, 1e-6
 WORST_FACTOR, WORST_FLOOR = 4.0, 1e-5
 ENTROPY_ABSOLUTE = 1e-5
+POOLED = 4  # problems a case
 
 
 class Comparison(NamedTuple):
@@ -46,10 +47,10 @@ def assert_as_accurate_as_pytorch(
 ) -> None:
     """Outputs and all gradients of random problems obey the rule; cotangents arrive at every output.
 
-    16-bit errors are luck in a gradient of three numbers, so they are pooled over several problems.
+    Rounding errors are luck in a gradient of three numbers, so they are pooled over several problems.
     """
     pooled: dict[str, list[Comparison]] = defaultdict(list)
-    for seed in range(1 if arguments.get("dtype", torch.float32) == torch.float32 and precision != "bf16" else 4):
+    for seed in range(POOLED):
         problem = change(smooth_problem(seed, device=runner.device, **arguments))
         for name, comparison in _compare(problem, backend=runner.backend, precision=precision):
             pooled[name].append(comparison)
