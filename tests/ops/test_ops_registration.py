@@ -170,6 +170,17 @@ def test_autocast_casts_as_for_a_convolution(runner, dtype, precision, backward_
         assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, by_hand.tensors[name].grad.float()), name
 
 
+def test_compile_under_autocast(runner, compiled):
+    problem = random_problem(gate_logits=True, device=runner.device)
+
+    def call(p):
+        return p.run(backend=runner.backend)
+
+    graph = torch.compile(call, fullgraph=True, backend="aot_eager")
+    with torch.autocast(runner.device, dtype=torch.bfloat16):
+        assert_same(run_and_differentiate(graph, problem), run_and_differentiate(call, problem))
+
+
 def test_autocast_leaves_float64_as_it_is():
     problem = random_problem(dtype=torch.float64)
     expected = problem.run().prediction
