@@ -265,7 +265,7 @@ def draw(records: Sequence[Record], out: Path) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Draw the benchmark results.")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results (default: all in bench/results)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "plots", help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     files = args.files or [*RESULTS.glob("*.jsonl"), *(RESULTS / "gpu").glob("*.json")]
     records = load(files)

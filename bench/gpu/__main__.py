@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -10,9 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
-import moe3d
 from bench.gpu.stages import ROOT, STAGES, Stage, source_digest
 from bench.gpu.state import FAILED, PASSED, SKIPPED, State
 
@@ -63,6 +61,10 @@ def why_dry_run(asked: bool) -> str | None:
     """Why nothing is run, or None."""
     if asked:
         return "a dry run was asked for"
+    if importlib.util.find_spec("torch") is None:
+        return f"{sys.executable} has no PyTorch"
+    import torch
+
     return None if torch.cuda.is_available() else "PyTorch finds no CUDA device here"
 
 
@@ -70,10 +72,11 @@ def plan(stages: dict[str, Stage], reason: str) -> str:
     """What each stage would do."""
     lines = [f"dry run, because {reason}; skipped:"]
     lines += [f"  {name} (at most {stage.limit_s / 60:.0f} min): {stage.about}" for name, stage in stages.items()]
-    missing = {name: reason for name, reason in moe3d.backends().items() if reason}
-    if missing:
-        lines.append("and on a GPU, as things are, the stages after the first would skip these backends, too:")
-        lines += [f"  {name}: {reason}" for name, reason in missing.items()]
+    if importlib.util.find_spec("torch") is not None:
+        import moe3d
+
+        lines.append("backends, as they are here; the stages after the first skip those that cannot run:")
+        lines += [f"  {name}: {reason or 'can run'}" for name, reason in moe3d.backends().items()]
     return "\n".join(lines)
 
 
@@ -131,6 +134,10 @@ def report(state: State, stages: dict[str, Stage]) -> str:
         lines.append(f"{name:<14}" + ", ".join(f"{n} {status}" for status, n in counts.items() if n))
         shown = [(item, e) for item, e in entries.items() if e["status"] in (FAILED, SKIPPED)]
         lines += [f"  {e['status']}: {item}: {e['reason']}" for item, e in shown]
+        refused = [
+            (i, *pair) for i, e in entries.items() for pair in (e.get("result") or {}).get("refused", {}).items()
+        ]
+        lines += [f"  refused: {item}: {peer}: {why}" for item, peer, why in refused]
     records = list(state.benchmark_records())
     if records:
         from moe3d.benchmark.records import Record

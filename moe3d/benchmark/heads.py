@@ -48,7 +48,12 @@ _JUDGES: dict[str, str | None] = {
 
 
 def names() -> list[str]:
+    """The plain peers, those first that judge, and the package's backends."""
     return [*_JUDGES, *moe3d.backends()]
+
+
+def judge_of(name: str) -> str | None:
+    return _JUDGES.get(name, BY_EXPERT)
 
 
 def _size(x: Tensor) -> tuple[int, int]:
@@ -122,7 +127,7 @@ class ModelField:
         model: Model,
         inputs: tuple,
         case: Case,
-        names: Sequence[str],
+        wanted: Sequence[str],
         seed: int = 0,
         autocast: bool = False,
     ):
@@ -130,7 +135,9 @@ class ModelField:
 
         ``autocast``: run it under bfloat16 autocast, as VGGT is run on GPUs (its heads switch that off again).
         """
-        self.model, self.names, self.case = model, names, case
+        self.model, self.case = model, case
+        with_judges = {*wanted, *map(judge_of, wanted)}
+        self.names = [name for name in names() if name in with_judges]
         self.run = partial(_run, inputs, torch.device(case.device).type, autocast)
         self.judge = Judge(case.precision)
         self.weights = {c.experts: random_weights(c, seed) for c in (case.single, case)}
@@ -154,7 +161,7 @@ class ModelField:
         experts = 1 if name in (STOCK, STOCK_CACHED) else self.case.experts
         if experts not in self._truths:
             self._truths[experts] = self._true_pair(self.weights[experts])
-        return self.judge(name, _JUDGES.get(name, BY_EXPERT), pair, self._truths[experts])
+        return self.judge(name, judge_of(name), pair, self._truths[experts])
 
     def _variant(self, name: str) -> Model:
         model = self._sibling()
@@ -238,7 +245,7 @@ def _load_mixture(tail: MoEHead, w: Weights) -> None:
 
 
 @torch.no_grad()
-def head_field(case: Case, names: Sequence[str], seed: int = 0) -> ModelField:
+def head_field(case: Case, wanted: Sequence[str], seed: int = 0) -> ModelField:
     """VGGT's depth head with random weights, on random tokens of its backbone's shape."""
     generator = torch.Generator(case.device).manual_seed(seed)
     head = randomise(vggt_head().to(case.device), seed)
@@ -247,7 +254,7 @@ def head_field(case: Case, names: Sequence[str], seed: int = 0) -> ModelField:
     layers = head.intermediate_layer_idx
     tokens = {layer: torch.randn(shape, generator=generator, device=case.device) for layer in layers}
     images = torch.empty(1, case.frames, 3, *case.size, device=case.device)
-    return ModelField(HeadAlone(head).eval(), (tokens, images), case, names, seed)
+    return ModelField(HeadAlone(head).eval(), (tokens, images), case, wanted, seed)
 
 
 def vggt_head() -> Head:
@@ -271,24 +278,24 @@ def randomise(module: Any, seed: int) -> Any:
 
 
 @torch.no_grad()
-def mini_field(case: Case, names: Sequence[str], seed: int = 0) -> ModelField:
+def mini_field(case: Case, wanted: Sequence[str], seed: int = 0) -> ModelField:
     """The whole MiniVGGT with random weights; ``case.channels`` are those of its tail."""
     torch.manual_seed(seed)
-    return _model_field(MiniVGGT(features=2 * case.channels).to(case.device), case, names, seed)
+    return _model_field(MiniVGGT(features=2 * case.channels).to(case.device), case, wanted, seed)
 
 
 @torch.no_grad()
-def vggt_field(case: Case, names: Sequence[str], seed: int = 0) -> ModelField:
+def vggt_field(case: Case, wanted: Sequence[str], seed: int = 0) -> ModelField:
     """VGGT-1B's architecture with random weights, its depth and camera heads; ImportError without ``vggt``."""
     from vggt.models.vggt import VGGT
 
     with torch.device(case.device):
         model = VGGT(enable_point=False, enable_track=False)
-    return _model_field(randomise(model, seed), case, names, seed)
+    return _model_field(randomise(model, seed), case, wanted, seed)
 
 
-def _model_field(model: Model, case: Case, names: Sequence[str], seed: int) -> ModelField:
+def _model_field(model: Model, case: Case, wanted: Sequence[str], seed: int) -> ModelField:
     generator = torch.Generator(case.device).manual_seed(seed)
     images = torch.rand(1, case.frames, 3, *case.size, generator=generator, device=case.device)
     on_gpu = torch.device(case.device).type == "cuda"
-    return ModelField(model.eval(), (images,), case, names, seed, autocast=on_gpu)
+    return ModelField(model.eval(), (images,), case, wanted, seed, autocast=on_gpu)

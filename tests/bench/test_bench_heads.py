@@ -66,6 +66,11 @@ def test_the_cached_embedding_is_built_once(monkeypatch):
         assert built.count(CASE.size) == times
 
 
+def test_judges_come_first_whatever_is_asked_for():
+    field = heads.mini_field(Case(1, 28, 28, experts=2, channels=32), ["reference", STOCK])
+    assert field.names == [STOCK_CACHED, STOCK, BY_EXPERT, "reference"]
+
+
 def test_contestants_share_everything_but_the_head():
     field = heads.mini_field(Case(1, 28, 28, experts=2, channels=32), [STOCK, STOCK_CACHED, BY_EXPERT, "reference"])
     models = [field._variant(name) for name in field.names]
