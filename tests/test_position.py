@@ -51,6 +51,24 @@ def test_tables_take_the_features_type(dtype):
     assert position_tables((4, 6), 8, 1.5, torch.zeros(1, device="meta"))[0].device.type == "meta"
 
 
+def test_tables_are_kept_and_fit_every_later_call():
+    with torch.inference_mode():
+        made = position_tables((4, 11), 8, 1.5, torch.zeros(1))
+    assert all(a is b for a, b in zip(made, position_tables((4, 11), 8, 1.5, torch.ones(2)), strict=True))
+    x = torch.ones(11, 4, requires_grad=True)
+    (x * made[0]).sum().backward()  # tables made for inference only could not be saved for this
+    assert torch.equal(x.grad, made[0])
+    assert position_tables((4, 11), 8, 1.25, torch.zeros(1))[0] is not made[0]
+
+
+def test_nothing_is_kept_from_a_transformation():
+    def total(x):
+        return (x * position_tables((3, 5), 8, 0.75, x)[0]).sum()
+
+    gradient = torch.func.grad(total)(torch.ones(5, 4))
+    assert torch.equal(gradient, position_tables((3, 5), 8, 0.75, torch.zeros(1))[0])
+
+
 @pytest.mark.real_vggt
 @pytest.mark.parametrize(("height", "width", "aspect"), GRIDS)
 def test_the_real_packages_map(height, width, aspect):

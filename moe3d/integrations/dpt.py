@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe3d.integrations import front
 from moe3d.nn import MoEHead, check_conv_block
 from moe3d.ops.types import MoEOutput
-from moe3d.position import position_map, position_tables
+from moe3d.position import position_tables
 
 _ATTRIBUTES = (
     "norm", "projects", "resize_layers", "scratch", "patch_size", "activation", "conf_activation", "pos_embed",
@@ -48,6 +49,7 @@ class PatchedDPTHead(nn.Module):
 
     stock_class: type[nn.Module]
     extras: dict[int, dict[str, Tensor]]
+    optimize_head: bool
 
     @property
     def tail(self) -> MoEHead:
@@ -93,11 +95,9 @@ class PatchedDPTHead(nn.Module):
         images = images[:, frames]
         batch, _, _, height, width = images.shape
         grid = (height // self.patch_size, width // self.patch_size)
-        levels = [
-            self._project(i, tokens[layer][:, frames, patch_start_idx:], grid, width / height)
-            for i, layer in enumerate(self.intermediate_layer_idx)
-        ]
-        fused = self._fuse(levels)
+        patches = [tokens[layer][:, frames, patch_start_idx:].flatten(0, 1) for layer in self.intermediate_layer_idx]
+        way = front.reordered if self.optimize_head and front.can_reorder(self) else front.plain
+        fused = way(self, patches, grid, width / height)
         rows, columns = (int(n * self.patch_size / self.down_ratio) for n in grid)
         size = (rows, columns)
         pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
@@ -105,23 +105,6 @@ class PatchedDPTHead(nn.Module):
         output = self.tail(fused, size, pos=pos, image=image)
         unflattened: list[Any] = [None if o is None else o.unflatten(0, (batch, -1)) for o in output]
         return MoEOutput(*unflattened)
-
-    def _project(self, level: int, tokens: Tensor, grid: tuple[int, int], aspect: float) -> Tensor:
-        """Patch tokens [B, S, P, dim] of one layer to a feature map of its own scale."""
-        tokens = self.norm(tokens.reshape(-1, *tokens.shape[2:]))
-        x = self.projects[level](tokens.transpose(1, 2).unflatten(2, grid))
-        if self.pos_embed:
-            x = x + position_map(*position_tables(grid, x.shape[1], aspect, x))
-        return self.resize_layers[level](x)
-
-    def _fuse(self, levels: list[Tensor]) -> Tensor:
-        """The refinement pyramid, coarsest first, up to ``output_conv1``: 8/14 of the image's resolution."""
-        s = self.scratch
-        first, second, third, fourth = (getattr(s, f"layer{i}_rn")(level) for i, level in enumerate(levels, start=1))
-        x = s.refinenet4(fourth, size=third.shape[2:])
-        x = s.refinenet3(x, third, size=second.shape[2:])
-        x = s.refinenet2(x, second, size=first.shape[2:])
-        return s.output_conv1(s.refinenet1(x, first))
 
 
 def _caller() -> int:
@@ -160,10 +143,11 @@ def check_head(name: str, head: Any) -> None:
         raise ValueError(f"model.{name}.scratch.output_conv2: {error}") from None
 
 
-def patch_head(head: Any, tail: MoEHead) -> None:
+def patch_head(head: Any, tail: MoEHead, optimize_head: bool = True) -> None:
     """Swap the class of a checked stock head and put the tail in place of its output block."""
     head.stock_class = type(head)
     head.extras = {}
+    head.optimize_head = optimize_head
     head.scratch.output_conv2 = tail
     head.__class__ = PatchedDPTHead
 
@@ -174,4 +158,4 @@ def unpatch_head(head: Any) -> None:
     block.train(head.tail.training)
     head.scratch.output_conv2 = block
     head.__class__ = head.stock_class
-    del head.stock_class, head.extras
+    del head.stock_class, head.extras, head.optimize_head
