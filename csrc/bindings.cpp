@@ -3,11 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/parallel.h"
 #include "cpu/select.h"
+#include "decoder.h"
 #include "moe_head.h"
 
 namespace py = pybind11;
@@ -15,15 +19,17 @@ using moe::Problem;
 
 namespace {
 
-// The structs own nothing; Problem::isa alone needs memory behind it.
-struct OwnedProblem : Problem {
-  OwnedProblem() : Problem{} { set_isa("auto"); }
+// The structs own nothing; their `isa` alone needs memory behind it.
+template <typename Struct>
+struct Owned : Struct {
+  Owned() : Struct{} { set_isa("auto"); }
   void set_isa(const std::string& name) {
     isa_name = name;
-    isa = isa_name.c_str();
+    this->isa = isa_name.c_str();
   }
   std::string isa_name;
 };
+using OwnedProblem = Owned<Problem>;
 
 template <typename Class, typename Struct, typename Pointer>
 void def_address(Class& cls, const char* name, Pointer Struct::*field) {
@@ -114,6 +120,62 @@ void bind_gradients(py::module_& m) {
   def_address(cls, "gate_logits", &Gradients::gate_logits);
 }
 
+// A layer of the decoder, and its function under the name of its kind.
+template <typename Layer>
+py::class_<Owned<Layer>> bind_layer(py::module_& m, const char* name, const char* function,
+                                    moe::Status (*run)(const Layer&)) {
+  using Class = Owned<Layer>;
+  py::class_<Class> cls(m, name);
+  cls.def(py::init<>());
+  cls.def_property(
+      "isa", [](const Class& self) { return self.isa_name; }, &Class::set_isa);
+  cls.def_readwrite("batch", &Class::batch);
+  cls.def_readwrite("height", &Class::height);
+  cls.def_readwrite("width", &Class::width);
+  cls.def_readwrite("in_channels", &Class::in_channels);
+  cls.def_readwrite("out_channels", &Class::out_channels);
+  cls.def_readwrite("threads", &Class::threads);
+  def_address(cls, "x", &Class::x);
+  def_address(cls, "weights", &Class::weights);
+  def_address(cls, "bias", &Class::bias);
+  def_address(cls, "y", &Class::y);
+  m.def(
+      function, [run](const Class& layer) { return static_cast<int>(run(layer)); },
+      py::call_guard<py::gil_scoped_release>());
+  return cls;
+}
+
+void bind_layers(py::module_& m) {
+  namespace cpu = moe::cpu;
+  auto winograd = bind_layer<moe::WinogradLayer>(m, "WinogradLayer", "winograd", cpu::winograd);
+  winograd.def_readwrite("relu_input", &moe::WinogradLayer::relu_input);
+  winograd.def_readwrite("relu_residual", &moe::WinogradLayer::relu_residual);
+  def_address(winograd, "residual", &moe::WinogradLayer::residual);
+  def_address(winograd, "added", &moe::WinogradLayer::added);
+  auto cells = bind_layer<moe::CellLayer>(m, "CellLayer", "cells", cpu::cells);
+  cells.def_readwrite("stride", &moe::CellLayer::stride);
+  cells.def_readwrite("scale", &moe::CellLayer::scale);
+  auto upsampled = bind_layer<moe::UpsampledLayer>(m, "UpsampledLayer", "upsampled", cpu::upsampled);
+  upsampled.def_readwrite("out_height", &moe::UpsampledLayer::out_height);
+  upsampled.def_readwrite("out_width", &moe::UpsampledLayer::out_width);
+  auto upsampling = bind_layer<moe::Upsampling>(m, "Upsampling", "upsample", cpu::upsample);
+  upsampling.def_readwrite("out_height", &moe::Upsampling::out_height);
+  upsampling.def_readwrite("out_width", &moe::Upsampling::out_width);
+  m.def("weights_panel", [](const std::string& isa) { return cpu::weights_panel(isa.c_str()); });
+}
+
+// A number that changes with the values of the arrays, of each of which it reads a few: (address, floats) pairs.
+uint64_t fingerprint(const std::vector<std::pair<uintptr_t, int64_t>>& arrays) {
+  constexpr int64_t kSamples = 64;
+  uint64_t hash = 14695981039346656037u;  // FNV-1a
+  for (const auto& [address, count] : arrays) {
+    const auto* bits = reinterpret_cast<const uint32_t*>(address);
+    const int64_t samples = std::min(count, kSamples);
+    for (int64_t i = 0; i < samples; ++i) hash = (hash ^ bits[i * count / samples]) * 1099511628211u;
+  }
+  return hash;
+}
+
 std::vector<std::string> supported_isas() {
   const char* names[3];
   const int count = moe::cpu::supported_isas(names);
@@ -130,6 +192,8 @@ PYBIND11_MODULE(_native, m) {
   bind_maps<float>(m, "Outputs");
   bind_maps<const float>(m, "Cotangents");
   bind_gradients(m);
+  bind_layers(m);
+  m.def("fingerprint", fingerprint);
   m.def("supported_isas", supported_isas, "Instruction sets that this build has and this processor runs, best first.");
   m.def("has_bf16_products", moe::cpu::has_bf16_products);
   m.def("has_thread_runtime", moe::cpu::has_thread_runtime);

@@ -25,21 +25,30 @@ void blend_columns(const float* products, const ColumnBlend* blends, int64_t beg
   }
 }
 
+template <bool Relu>
 inline void blend_pixel(const RowBlend& blend, const float* base, int64_t X, float* hidden) {
   for (int v = 0; v < kGroupVecs; ++v) {
     Vec sum = load(base + v * kLanes);
     for (int t = 0; t < kBlend; ++t) sum += blend.weight[t] * load(blend.row[t] + X * kGroup + v * kLanes);
-    store(hidden + v * kLanes, relu(sum));
+    store(hidden + v * kLanes, Relu ? relu(sum) : sum);
   }
 }
 
+template <bool Relu>
 void blend_rows(const RowBlend& blend_in_memory, const float* base, int64_t begin, int64_t end, int64_t width,
                 float* hidden) {
   const RowBlend blend = blend_in_memory;  // a copy that stores to hidden cannot change
   for (int64_t X = begin; X < end; ++X) {
-    const int kind = (X == 0 ? 1 : 0) + (X == width - 1 ? 2 : 0);
-    blend_pixel(blend, base + kind * kGroup, X, hidden + (X - begin) * kGroup);
+    blend_pixel<Relu>(blend, base + edge_kind(X, width) * kGroup, X, hidden + (X - begin) * kGroup);
   }
+}
+
+void blend_corners(const float* const* corners, const float* weights, int64_t channels, float* out) {
+  const float *c0 = corners[0], *c1 = corners[1], *c2 = corners[2], *c3 = corners[3];
+  const Vec w0 = broadcast(weights[0]), w1 = broadcast(weights[1]);
+  const Vec w2 = broadcast(weights[2]), w3 = broadcast(weights[3]);
+  for (int64_t c = 0; c < channels; c += kLanes)
+    store(out + c, w0 * load(c0 + c) + w1 * load(c1 + c) + w2 * load(c2 + c) + w3 * load(c3 + c));
 }
 
 constexpr int kPixelsAtOnce = 4;  // independent sums, so that the multiply-add's latency is hidden

@@ -37,5 +37,21 @@ void gemm(const Gemm& g) {
                             g.c + block * Rows * g.c_row + panel * Vecs * kLanes);
 }
 
+template <int Rows, int Vecs>
+void gemm_in_parts(const Gemm& g) {
+  constexpr int64_t kPart = 64;
+  for (int64_t panel = 0; panel < g.panels; ++panel)
+    for (int64_t block = 0; block < g.row_blocks; ++block) {
+      Gemm part = g;
+      for (int64_t begin = 0; begin < g.depth; begin += kPart) {
+        part.depth = g.depth - begin < kPart ? g.depth - begin : kPart;
+        gemm_tile<Rows, Vecs>(part, g.a + block * Rows * g.a_row + begin * g.a_depth,
+                              g.b + panel * g.b_panel + begin * g.b_depth,
+                              g.c + block * Rows * g.c_row + panel * Vecs * kLanes);
+        part.accumulate = true;
+      }
+    }
+}
+
 }  // namespace
 }  // namespace moe::cpu

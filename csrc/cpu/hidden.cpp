@@ -114,7 +114,7 @@ void HiddenRows::compute(int64_t g, int64_t rank, Span wanted) {
   }
 }
 
-void HiddenRows::read(int64_t g, int64_t Y, int64_t t, float* hidden) const {
+RowBlend HiddenRows::blend_of(int64_t g, int64_t Y) const {
   const RowPlan::Terms& terms = rows_.terms(Y);
   const int64_t W = head_.problem.width;
   RowBlend blend;
@@ -123,9 +123,18 @@ void HiddenRows::read(int64_t g, int64_t Y, int64_t t, float* hidden) const {
     blend.row[i] = used ? ring_row(g, terms.term[i].rank) + terms.term[i].dy * W * kGroup : zero_row_.data();
     blend.weight[i] = used ? terms.term[i].weight : 0.f;
   }
+  return blend;
+}
+
+void HiddenRows::read(int64_t g, int64_t Y, int64_t t, float* hidden) const {
   const Span columns = tile(t);
-  head_.kernels.blend_rows(blend, base_ + (Y - chunk_.begin) * kEdgeKinds * kGroup, columns.begin, columns.end, W,
-                           hidden);
+  head_.kernels.blend_rows(blend_of(g, Y), base_ + (Y - chunk_.begin) * kEdgeKinds * kGroup, columns.begin, columns.end,
+                           head_.problem.width, hidden);
+}
+
+void HiddenRows::read_linear(int64_t g, int64_t Y, int64_t t, const float* bias, float* out) const {
+  const Span columns = tile(t);
+  head_.kernels.blend_rows_linear(blend_of(g, Y), bias, columns.begin, columns.end, head_.problem.width, out);
 }
 
 }  // namespace moe::cpu

@@ -28,6 +28,8 @@ class HiddenRows {
   void prepare(int64_t g, int64_t Y, const uint8_t* wanted);
   // hidden [tile's columns][kGroup] of a prepared row.
   void read(int64_t g, int64_t Y, int64_t t, float* hidden) const;
+  // The same without relu, and with `bias` [kEdgeKinds][kGroup] in place of what begin_group sets.
+  void read_linear(int64_t g, int64_t Y, int64_t t, const float* bias, float* out) const;
 
   const float* packed_row(int64_t rank) const { return packed_ + slot_of_packed(rank) * packed_row_floats_; }
 
@@ -38,6 +40,7 @@ class HiddenRows {
   float* ring_row(int64_t g, int64_t rank);
   const float* ring_row(int64_t g, int64_t rank) const { return const_cast<HiddenRows*>(this)->ring_row(g, rank); }
   uint8_t* marks(int64_t g, int64_t rank) { return done_.data() + (g * ring_rows_ + rank % ring_rows_) * tiles_; }
+  RowBlend blend_of(int64_t g, int64_t Y) const;
   void ensure(int64_t g, int64_t rank, const uint8_t* wanted);
   void compute(int64_t g, int64_t rank, Span columns);
 

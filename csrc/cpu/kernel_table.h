@@ -4,6 +4,7 @@
 #include "blend.h"
 #include "gemm.h"
 #include "mix.h"
+#include "winograd.h"
 
 namespace moe::cpu {
 namespace {
@@ -17,13 +18,18 @@ Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
   kernels.narrow_panel = NarrowVecs * kLanes;
   kernels.gemm = gemm<Rows, Vecs>;
   kernels.gemm_narrow = gemm<Rows, NarrowVecs>;
+  kernels.gemm_in_parts = gemm_in_parts<Rows, NarrowVecs>;
   kernels.gemm_bf16 = gemm_bf16;
   kernels.blend_columns = blend_columns;
-  kernels.blend_rows = blend_rows;
+  kernels.blend_rows = blend_rows<true>;
+  kernels.blend_rows_linear = blend_rows<false>;
   kernels.second_layer = second_layer;
   kernels.mix = mix;
   kernels.find_kept = find_kept;
   kernels.mix_backward = mix_backward;
+  kernels.winograd_input = winograd_input;
+  kernels.winograd_output = winograd_output;
+  kernels.blend_corners = blend_corners;
   kernels.second_layer_backward = second_layer_backward;
   kernels.second_layer_weights = second_layer_weights;
   kernels.add_row = add_row;

@@ -47,6 +47,19 @@ struct RowBlend {
 // Which kind of column an output pixel is in, for the part of the position embedding that depends on the row:
 // bit 0: the first column (its left taps are padding); bit 1: the last one.
 constexpr int kEdgeKinds = 4;
+static inline int edge_kind(int64_t at, int64_t count) { return (at == 0 ? 1 : 0) + (at == count - 1 ? 2 : 0); }
+
+// Winograd's tiles: kTile x kTile outputs from kPatch x kPatch inputs.
+constexpr int kTile = 4;
+constexpr int kPatch = kTile + 2;
+
+// A tile's pixels in a map, and its transform.
+struct WinogradPatch {
+  int64_t channels;    // a multiple of kChannelStep
+  int64_t row, pixel;  // strides of the map
+  int64_t plane;       // floats from one of the transform's kPatch * kPatch places to the next
+  int rows_begin, rows_end, columns_begin, columns_end;  // of the patch: those inside the map
+};
 
 // A block of at most kTileWidth pixels of one output row, from the 1x1 layers' results to the outputs or to gradients.
 struct MixBlock {
@@ -79,6 +92,8 @@ struct Kernels {
 
   void (*gemm)(const Gemm&);
   void (*gemm_narrow)(const Gemm&);
+  // The same product in parts of the depth, whose sums are summed: with 256 channels a third of the rounding error.
+  void (*gemm_in_parts)(const Gemm&);
   void (*gemm_bf16)(const Gemm&);  // null where the instruction set has no bfloat16 products
 
   // out[dy][X] = start[dy][X] + sum over the blend of products, for X in [begin, end) and the three rows of taps.
@@ -87,6 +102,9 @@ struct Kernels {
   // hidden[i] = relu(base[kind of column begin + i] + sum of the blend's rows), for i in [0, end - begin).
   void (*blend_rows)(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
                      float* hidden);
+  // The same without the relu.
+  void (*blend_rows_linear)(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
+                            float* out);
   // z[i] (+)= hidden[i] . w2, for kGroup hidden channels; w2 is [kGroup][padded], start [padded] or null to add to z.
   void (*second_layer)(const float* hidden, int64_t count, const float* w2, int64_t padded, const float* start,
                        float* z, int64_t z_pixel);
@@ -96,6 +114,15 @@ struct Kernels {
   void (*find_kept)(const Problem&, const MixBlock&, uint8_t* kept);
   // The gradients of a block's z and logits, written over the inputs' layout.
   void (*mix_backward)(const Problem&, const MixBlock&, const Cotangents&, const MixGradients&);
+
+  // --- the decoder's layers ---
+  // v[place] of a patch whose first pixel, which may lie outside the map, is x.
+  void (*winograd_input)(const WinogradPatch&, const float* x, bool relu_input, float* v);
+  // y, and residual and added with its strides, from m[place]: see WinogradLayer. Begins are 0; all but m may be null.
+  void (*winograd_output)(const WinogradPatch&, const float* m, const float* bias, const float* residual,
+                          bool relu_residual, const float* added, float* y);
+  // out = the weighted sum of four pixels.
+  void (*blend_corners)(const float* const* corners, const float* weights, int64_t channels, float* out);
 
   // --- the adjoints ---
   // hidden[i] becomes the gradient before relu: where(hidden <= 0, 0, grad_z[i] . w2), w2 being [outputs][kGroup].

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "../decoder.h"
+
 namespace moe::cpu {
 namespace {
 
@@ -47,6 +49,11 @@ Selected select_kernels(const char* isa) {
     if (!any) return {nullptr, Status::isa_not_supported};
   }
   return {nullptr, Status::unknown_isa};
+}
+
+int64_t weights_panel(const char* isa) {
+  const Selected selected = select_kernels(isa);
+  return selected.kernels ? selected.kernels->narrow_panel : 0;
 }
 
 int supported_isas(const char* names[3]) {

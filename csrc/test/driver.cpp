@@ -4,14 +4,26 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+#include <new>
 #include <random>
 #include <vector>
 
 #include "../cpu/select.h"
+#include "../decoder.h"
 #include "../moe_head.h"
 
 using namespace moe;
-using Floats = std::vector<float>;
+
+// Exactly as large as asked for, and aligned as the decoder's layers want it.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+using Floats = std::vector<float, Aligned<float>>;
 
 namespace {
 
@@ -120,6 +132,88 @@ void expect(bool holds, const char* what, const char* isa, size_t shape) {
   std::exit(1);
 }
 
+// --- the decoder's layers ---
+
+struct MapShape {
+  int64_t batch, height, width, in_channels, out_channels;
+};
+
+const MapShape kMaps[] = {{1, 1, 1, 16, 16}, {2, 5, 7, 48, 32}, {1, 9, 4, 32, 80}, {1, 12, 17, 16, 48}, {3, 2, 3, 64, 16}};
+
+template <typename Layer>
+void describe(Layer& layer, const MapShape& s, const Floats& x, const Floats& bias, Floats& y, const char* isa,
+              int threads) {
+  layer.batch = s.batch, layer.height = s.height, layer.width = s.width;
+  layer.in_channels = s.in_channels, layer.out_channels = s.out_channels;
+  layer.x = x.data(), layer.bias = bias.data(), layer.y = y.data(), layer.isa = isa, layer.threads = threads;
+}
+
+// [count][rows][columns] matrices as [count][panel][row][panel's columns].
+Floats panels(const Floats& matrices, int64_t rows, int64_t columns, const char* isa) {
+  const int64_t panel = cpu::weights_panel(isa), padded = (columns + panel - 1) / panel * panel;
+  const auto count = static_cast<int64_t>(matrices.size()) / (rows * columns);
+  Floats packed(count * rows * padded, 0.f);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c)
+        packed[i * rows * padded + (c / panel * rows + r) * panel + c % panel] = matrices[(i * rows + r) * columns + c];
+  return packed;
+}
+
+// The outputs of all layers, one after another, with random weights: right or wrong, they must agree.
+Floats run_layers(const MapShape& s, const char* isa, int threads) {
+  std::mt19937 random(2);
+  const int64_t C = s.in_channels, N = s.out_channels, pixels = s.batch * s.height * s.width;
+  const Floats x = draw(random, pixels * C), bias = draw(random, 16 * N), maps = draw(random, pixels * N);
+  Floats all;
+  const auto keep = [&](const Floats& y) { all.insert(all.end(), y.begin(), y.end()); };
+  {
+    Floats y(pixels * N, NAN);
+    const Floats weights = panels(draw(random, 36 * C * N), C, N, isa);
+    WinogradLayer layer = {};
+    describe(layer, s, x, bias, y, isa, threads);
+    layer.weights = weights.data(), layer.residual = layer.added = maps.data();
+    layer.relu_input = layer.relu_residual = true;
+    Case::check(cpu::winograd(layer));
+    keep(y);
+  }
+  for (int64_t scale : {1, 2, 4}) {
+    const int64_t stride = scale == 1 ? 2 : 1, rows = (s.height + stride - 1) / stride * scale;
+    const int64_t columns = (s.width + stride - 1) / stride * scale;
+    Floats y(s.batch * rows * columns * N, NAN), weights;
+    for (int64_t p = 0; p < scale; ++p)
+      for (int64_t q = 0; q < scale; ++q) {
+        const auto taps = [&](int64_t phase) { return 1 + (phase == 0) + (phase == scale - 1); };
+        for (int64_t i = 0; i < taps(p); ++i) {
+          const Floats part = panels(draw(random, taps(q) * C * N), taps(q) * C, N, isa);
+          weights.insert(weights.end(), part.begin(), part.end());
+        }
+      }
+    CellLayer layer = {};
+    describe(layer, s, x, bias, y, isa, threads);
+    layer.weights = weights.data(), layer.stride = stride, layer.scale = scale;
+    Case::check(cpu::cells(layer));
+    keep(y);
+  }
+  const int64_t rows = 2 * s.height + 1, columns = s.width == 1 ? 1 : 2 * s.width;
+  {
+    Floats y(s.batch * rows * columns * N, NAN);
+    const Floats weights = draw(random, 9 * C * N);
+    UpsampledLayer layer = {};
+    describe(layer, s, x, bias, y, isa, threads);
+    layer.weights = weights.data(), layer.out_height = rows, layer.out_width = columns;
+    Case::check(cpu::upsampled(layer));
+    keep(y);
+  }
+  Floats y(s.batch * rows * columns * C, NAN);
+  Upsampling layer = {};
+  describe(layer, s, x, bias, y, isa, threads);
+  layer.out_height = rows, layer.out_width = columns;
+  Case::check(cpu::upsample(layer));
+  keep(y);
+  return all;
+}
+
 }  // namespace
 
 int main() {
@@ -138,5 +232,13 @@ int main() {
         if (cpu::has_bf16_products())
           expect(distance(test.run("avx512", 2, true), truth) < 0.1, "bfloat16 differs", "avx512", s);
       }
+  for (size_t s = 0; s < sizeof kMaps / sizeof *kMaps; ++s) {
+    const Floats truth = run_layers(kMaps[s], "portable", 1);
+    for (int i = 0; i < count; ++i) {
+      const Floats one = run_layers(kMaps[s], isas[i], 1);
+      expect(distance(one, truth) < 1e-5, "layers differ from the portable path", isas[i], s);
+      expect(run_layers(kMaps[s], isas[i], 3) == one, "layers depend on the number of threads", isas[i], s);
+    }
+  }
   std::printf("native driver: all shapes agree\n");
 }

@@ -7,13 +7,14 @@ survives ``copy.deepcopy`` and pickling, where a method bound to the instance wo
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe3d.integrations import front
+from moe3d.integrations.front_native import forget, native_front
 from moe3d.nn import MoEHead, check_conv_block
 from moe3d.ops.types import MoEOutput
 from moe3d.position import position_tables
@@ -96,8 +97,7 @@ class PatchedDPTHead(nn.Module):
         batch, _, _, height, width = images.shape
         grid = (height // self.patch_size, width // self.patch_size)
         patches = [tokens[layer][:, frames, patch_start_idx:].flatten(0, 1) for layer in self.intermediate_layer_idx]
-        way = front.reordered if self.optimize_head and front.can_reorder(self) else front.plain
-        fused = way(self, patches, grid, width / height)
+        fused = self._front(patches)(self, patches, grid, width / height)
         rows, columns = (int(n * self.patch_size / self.down_ratio) for n in grid)
         size = (rows, columns)
         pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
@@ -105,6 +105,15 @@ class PatchedDPTHead(nn.Module):
         output = self.tail(fused, size, pos=pos, image=image)
         unflattened: list[Any] = [None if o is None else o.unflatten(0, (batch, -1)) for o in output]
         return MoEOutput(*unflattened)
+
+    def _front(self, patches: Sequence[Tensor]) -> Callable[..., Tensor]:
+        """The fastest of the ways from patch tokens to fused features; they differ in rounding only."""
+        if not self.optimize_head:
+            return front.plain
+        native = None if self.tail.backend == "reference" else native_front(self, patches)
+        if native is not None:
+            return native
+        return front.reordered if front.can_reorder(self) else front.plain
 
 
 def _caller() -> int:
@@ -158,4 +167,5 @@ def unpatch_head(head: Any) -> None:
     block.train(head.tail.training)
     head.scratch.output_conv2 = block
     head.__class__ = head.stock_class
+    forget(head)
     del head.stock_class, head.extras, head.optimize_head

@@ -22,7 +22,7 @@ from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset takes the best that the processor has
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FAILURES = {1: "out of memory", 2: "no such instruction set", 3: "an instruction set that this processor lacks"}
+FAILURES = {1: "out of memory", 2: "no such instruction set", 3: "an instruction set that this processor lacks"}
 
 
 class CPUBackend(Backend):
@@ -33,8 +33,8 @@ class CPUBackend(Backend):
         if native.module is None:
             return native.reason
         known = ("auto", *native.module.supported_isas())
-        if _isa() not in known:
-            return f"{ISA_VARIABLE}={_isa()!r}, expected one of {', '.join(known)} on this processor"
+        if isa() not in known:
+            return f"{ISA_VARIABLE}={isa()!r}, expected one of {', '.join(known)} on this processor"
         return None
 
     def unsupported(self, tensors: HeadTensors, options: HeadOptions) -> str | None:
@@ -77,10 +77,11 @@ class CPUBackend(Backend):
 def has_bf16_products() -> bool:
     """Whether bfloat16 arithmetic can be had: by the processor, and by the instruction set asked for."""
     module = _build.native().module
-    return module is not None and module.has_bf16_products() and _isa() in ("auto", "avx512")
+    return module is not None and module.has_bf16_products() and isa() in ("auto", "avx512")
 
 
-def _isa() -> str:
+def isa() -> str:
+    """The instruction set asked for."""
     return os.environ.get(ISA_VARIABLE) or "auto"
 
 
@@ -138,7 +139,7 @@ class _Call:
         if status == 1:
             raise MemoryError("moe_head: the cpu backend ran out of memory")
         if status:
-            raise RuntimeError(f"moe_head: the cpu backend failed: {_FAILURES.get(status, f'status {status}')}")
+            raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
 
     def _describe(self, t: HeadTensors, options: HeadOptions, bf16: bool):
         p = self._module.Problem()
@@ -158,5 +159,5 @@ class _Call:
         confidence = options.conf_activation
         p.conf_activation = -1 if confidence is None else list(CONF_ACTIVATIONS).index(confidence)
         p.mode = MODES.index(options.mode)
-        p.bf16, p.isa, p.threads = bf16, _isa(), torch.get_num_threads()
+        p.bf16, p.isa, p.threads = bf16, isa(), torch.get_num_threads()
         return p

@@ -1,0 +1,424 @@
+"""The front's faster ways against the stock head in float64: the same features, gradients and state, in any situation."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import moe3d
+from moe3d.integrations import front, front_native
+from moe3d.integrations.front_native import NativeFront, native_front
+from moe3d.models import DPTHead
+from moe3d.ops import native_layers
+
+needs_native = pytest.mark.skipif(not native_layers.can_run(), reason="no C++ part")
+
+SPECIAL = 3
+LAYERS = (0, 1, 2, 3)
+GRIDS = [(4, 6), (1, 1), (1, 7), (5, 3)]
+
+
+class HeadAlone(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.depth_head = head
+
+
+def stock_head(kind="ours", seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        small = {"dim_in": 32, "features": 32, "out_channels": (24, 48, 64, 64), "intermediate_layer_idx": LAYERS}
+        if kind == "ours":
+            head = DPTHead(output_dim=2, activation="exp", **small)
+        else:
+            from vggt.heads.dpt_head import DPTHead as RealHead
+
+            head = RealHead(output_dim=2, activation="exp", **small)
+        with torch.no_grad():  # so that depths vary
+            for parameter in head.parameters():
+                parameter.mul_(2 if parameter.dim() > 1 else 1).add_(0.02 * torch.randn_like(parameter))
+        return head.eval()
+
+
+def patched_head(head=None, **options):
+    return moe3d.patch_vggt(HeadAlone(head or stock_head()), init_noise=0.0, **options).depth_head
+
+
+def inputs(batch=1, frames=1, grid=(4, 6), seed=1, dim=32):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randn(batch, frames, SPECIAL + grid[0] * grid[1], dim, generator=generator) for _ in LAYERS]
+    return tokens, torch.zeros(batch, frames, 3, 14 * grid[0], 14 * grid[1])
+
+
+def call(head, tokens, images, **options):
+    return torch.cat(
+        [part.flatten(3) if part.dim() == 5 else part for part in head(tokens, images, SPECIAL, **options)]
+    )
+
+
+def patches(tokens):
+    return [t[:, :, SPECIAL:].flatten(0, 1) for t in tokens]
+
+
+def features(way, head, tokens, grid):
+    return way(head, patches(tokens), grid, grid[1] / grid[0])
+
+
+def true_features(head, tokens, grid):
+    """By the stock head's own modules in float64."""
+    return features(front.plain, copy.deepcopy(head).double(), [t.double() for t in tokens], grid)
+
+
+def assert_as_right_as_plain(found, head, tokens, grid):
+    """op.md: 1.5 times the error of plain PyTorch plus 1e-6, and 4 times plus 1e-5 at the worst place."""
+    true, plain = true_features(head, tokens, grid), features(front.plain, head, tokens, grid)
+    assert found.shape == true.shape
+    assert (found - true).norm() <= 1.5 * (plain - true).norm() + 1e-6 * true.norm()
+    assert (found - true).abs().max() <= 4 * (plain - true).abs().max() + 1e-5 * true.abs().max()
+
+
+@pytest.fixture(params=["ours", pytest.param("real", marks=pytest.mark.real_vggt)])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def run_natively(monkeypatch):
+    """Counts the calls that run in the compiled layers."""
+    calls = []
+    whole = NativeFront.__call__
+    monkeypatch.setattr(NativeFront, "__call__", lambda self, *args: calls.append(self) or whole(self, *args))
+    return calls
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_features_are_the_stock_heads(kind, grid, batch):
+    head = patched_head(stock_head(kind))
+    tokens, _ = inputs(batch, 2, grid)
+    assert front.can_reorder(head)
+    assert_as_right_as_plain(features(front.reordered, head, tokens, grid), head, tokens, grid)
+    if native_layers.can_run():
+        native = native_front(head, patches(tokens))
+        assert_as_right_as_plain(features(native, head, tokens, grid), head, tokens, grid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_plain_is_the_stock_head(kind, backend):
+    head = stock_head(kind)
+    tokens, images = inputs(2, 3)
+    expected = call(head, tokens, images)
+    patched_head(head, optimize_head=False, backend=backend)
+    torch.testing.assert_close(call(head, tokens, images), expected, rtol=2e-5, atol=2e-5)
+
+
+@needs_native
+@torch.no_grad()
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(monkeypatch, isa):
+    monkeypatch.setenv("MOE3D_CPU_ISA", isa)
+    if not native_layers.can_run():
+        pytest.skip("this processor lacks it")
+    head, (tokens, _) = patched_head(), inputs(1, 2)
+    assert_as_right_as_plain(features(native_front(head, patches(tokens)), head, tokens, (4, 6)), head, tokens, (4, 6))
+
+
+@needs_native
+@torch.no_grad()
+def test_an_instruction_set_may_change_between_calls(monkeypatch):
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    expected = call(head, tokens, images)
+    monkeypatch.setenv("MOE3D_CPU_ISA", "portable")  # its panels of weights are narrower
+    torch.testing.assert_close(call(head, tokens, images), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@torch.no_grad()
+def test_threads_chunks_and_strides_change_nothing(run_natively):
+    head, (tokens, images) = patched_head(), inputs(2, 5)
+    expected = call(head, tokens, images)
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.testing.assert_close(call(head, tokens, images), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+    for chunk in (1, 2, None):
+        torch.testing.assert_close(call(head, tokens, images, frames_chunk_size=chunk), expected, rtol=1e-5, atol=1e-6)
+    strided = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in tokens]
+    torch.testing.assert_close(call(head, strided, images), expected, rtol=1e-5, atol=1e-6)
+    assert len(run_natively) == 1 + 3 + (5 + 3 + 1) + 1
+
+
+@needs_native
+@torch.no_grad()
+def test_tokens_are_left_as_they_were():
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    before = [t.clone() for t in tokens]
+    call(head, tokens, images)
+    assert all(torch.equal(a, b) for a, b in zip(tokens, before, strict=True))
+
+
+@needs_native
+@pytest.mark.real_vggt
+@torch.no_grad()
+def test_units_that_keep_their_residual():
+    """VGGT's ReLU works in place and so changes what the skip connection adds; where it does not, neither do we."""
+    head, (tokens, _) = patched_head(stock_head("real")), inputs(1, 2)
+    in_place = features(native_front(head, patches(tokens)), head, tokens, (4, 6))
+    for module in head.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    front_native.forget(head)
+    found = features(native_front(head, patches(tokens)), head, tokens, (4, 6))
+    assert_as_right_as_plain(found, head, tokens, (4, 6))
+    assert (found - in_place).abs().max() > 0.01
+
+
+# --- what is kept is never stale --------------------------------------------------------------------------------------
+
+
+def add_in_place(head):
+    head.scratch.refinenet2.resConfUnit1.conv2.weight.add_(0.1)
+
+
+def add_through_data(head):
+    head.scratch.layer3_rn.weight.data.add_(0.1)
+
+
+def replace(head):
+    head.projects[1].bias = nn.Parameter(head.projects[1].bias + 1)
+
+
+def assign_data(head):
+    head.resize_layers[0].weight.data = head.resize_layers[0].weight.data * 2
+
+
+def load(head):
+    head.load_state_dict(patched_head(stock_head(seed=7)).state_dict())
+
+
+def load_assigned(head):
+    head.load_state_dict(patched_head(stock_head(seed=7)).state_dict(), assign=True)
+
+
+def train_a_step(head):
+    tokens, images = inputs(1, 2)
+    with torch.enable_grad():
+        call(head, tokens, images).sum().backward()
+    torch.optim.SGD(head.parameters(), 1e-3).step()
+    head.zero_grad()
+
+
+def new_module(head):
+    head.scratch.output_conv1 = copy.deepcopy(head.scratch.output_conv1)
+    head.scratch.output_conv1.bias.data.zero_()
+
+
+@needs_native
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [add_in_place, add_through_data, replace, assign_data, load, load_assigned, train_a_step, new_module],
+    ids=lambda f: f.__name__,
+)
+def test_changed_weights_count_at_the_next_call(change, run_natively):
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    before = call(head, tokens, images)
+    call(head, tokens, images)
+    assert run_natively[0] is run_natively[1]
+    change(head)
+    run_natively.clear()
+    found = call(head, tokens, images)
+    assert len(run_natively) == 1 and not torch.allclose(found, before, rtol=1e-4)
+    head.optimize_head = False
+    torch.testing.assert_close(found, call(head, tokens, images), rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+@torch.no_grad()
+def test_weights_loaded_for_inference_only(run_natively):
+    tokens, images = inputs(1, 2)
+    with torch.inference_mode():
+        head = patched_head()
+        head.scratch.layer1_rn.weight = nn.Parameter(head.scratch.layer1_rn.weight.clone(), requires_grad=False)
+        inside = call(head, tokens, images)
+    assert torch.equal(call(head, tokens, images), inside)
+    assert len(run_natively) == 2
+
+
+@needs_native
+@torch.no_grad()
+def test_copies_and_pickles_carry_nothing_along():
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    bare = len(pickle.dumps(head))
+    expected = call(head, tokens, images)
+    assert len(pickle.dumps(head)) == bare
+    file = io.BytesIO()
+    torch.save(head, file)
+    file.seek(0)
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), torch.load(file, weights_only=False)):
+        assert torch.equal(call(other, tokens, images), expected)
+        other.scratch.layer1_rn.weight.mul_(2)
+        assert not torch.equal(call(other, tokens, images), expected)
+    assert torch.equal(call(head, tokens, images), expected)
+
+
+@needs_native
+@torch.no_grad()
+def test_nothing_outlives_its_head():
+    head, (tokens, images) = patched_head(), inputs()
+    call(head, tokens, images)
+    gc.collect()
+    kept = len(front_native._kept)
+    model = HeadAlone(head)
+    moe3d.unpatch_vggt(model)
+    assert len(front_native._kept) == kept - 1
+    other = patched_head()
+    call(other, tokens, images)
+    del other
+    gc.collect()
+    assert len(front_native._kept) == kept - 1
+
+
+@needs_native
+@torch.no_grad()
+def test_threads_share_a_head():
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    with torch.no_grad():
+        expected = call(copy.deepcopy(head), tokens, images)
+    found = []
+
+    @torch.no_grad()
+    def work():
+        found.append(call(head, tokens, images))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 4 and all(torch.equal(f, expected) for f in found)
+
+
+# --- gradients, and everything else that needs PyTorch's own operations -----------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_gradients_are_the_stock_heads(kind, backend):
+    stock, (tokens, images) = stock_head(kind).train(), inputs(1, 2)
+    head = patched_head(copy.deepcopy(stock), num_experts=1, backend=backend)
+    gradients = []
+    for one in (stock.double(), head):
+        given = [t.to(one.norm.weight.dtype).requires_grad_() for t in tokens]
+        call(one, given, images).log().sum().backward()
+        named = {n: p.grad for n, p in one.named_parameters() if "output_conv2" not in n}
+        gradients.append(named | {f"tokens {i}": t.grad for i, t in enumerate(given)})
+    for name, true in gradients[0].items():
+        if true is not None and true.norm() > 0:
+            assert (gradients[1][name] - true).norm() <= 2e-4 * true.norm(), name
+
+
+@needs_native
+def test_a_frozen_front_runs_natively_under_a_trained_tail(run_natively):
+    head, (tokens, images) = patched_head().train(), inputs(1, 2)
+    head.requires_grad_(False)
+    head.tail.requires_grad_(True)
+    call(head, tokens, images).sum().backward()
+    assert len(run_natively) == 1
+    assert head.tail.expert_w1.grad is not None and head.scratch.layer1_rn.weight.grad is None
+    expected = head.tail.expert_w1.grad.clone()
+    head.zero_grad()
+    head.optimize_head = False
+    call(head, tokens, images).sum().backward()
+    assert (head.tail.expert_w1.grad - expected).norm() <= 1e-4 * expected.norm()
+
+
+@needs_native
+@pytest.mark.filterwarnings("ignore:.*trace")
+def test_what_does_not_run_natively(run_natively):
+    tokens, images = inputs(1, 2)
+    head = patched_head()
+    call(head, tokens, images)  # its parameters want gradients
+    with torch.no_grad():
+        call(patched_head(backend="reference"), tokens, images)
+        call(patched_head(optimize_head=False), tokens, images)
+        with torch.autocast("cpu", torch.bfloat16):
+            call(head, tokens, images)
+        call(copy.deepcopy(head).bfloat16(), [t.bfloat16() for t in tokens], images)
+    head.requires_grad_(False)
+    torch.jit.trace(lambda *t: call(head, list(t), images), tuple(tokens), check_trace=False)
+    call(head, [tokens[0].requires_grad_(), *tokens[1:]], images)
+    assert not run_natively
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["norm", "projects.2", "resize_layers.0", "scratch.refinenet1", "scratch.output_conv1"]
+)
+def test_hooks_still_fire(name, run_natively):
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    expected, seen = call(head, tokens, images), []
+    run_natively.clear()
+    handle = head.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(call(head, tokens, images), expected, rtol=1e-4, atol=1e-5)
+    assert seen and not run_natively
+    handle.remove()
+    assert torch.equal(call(head, tokens, images), expected)
+
+
+@torch.no_grad()
+def test_an_unusual_front_runs_as_it_is(run_natively):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def double_projection(head):
+        head.projects[0].__class__ = Doubled
+
+    def grouped(head):
+        conv = nn.Conv2d(32, 32, 3, padding=1, groups=4)
+        head.scratch.refinenet3.resConfUnit1.conv1 = conv
+
+    def normalised(head):
+        head.scratch.refinenet2.add_module("batch_norm", nn.BatchNorm2d(32).eval())
+
+    tokens, images = inputs(1, 2)
+    for change in (double_projection, grouped, normalised):
+        head = patched_head()
+        change(head)
+        found = call(head, tokens, images)
+        head.optimize_head = False
+        torch.testing.assert_close(found, call(head, tokens, images), rtol=1e-5, atol=1e-5)
+    assert not run_natively
+
+
+@torch.no_grad()
+def test_widths_that_the_compiled_layers_lack(run_natively):
+    head = DPTHead(dim_in=32, features=24, out_channels=(8, 16, 24, 24), intermediate_layer_idx=LAYERS, output_dim=2)
+    tokens, images = inputs(1, 2)
+    expected = call(head, tokens, images)
+    torch.testing.assert_close(call(patched_head(head), tokens, images), expected, rtol=1e-4, atol=1e-5)
+    assert not run_natively
+
+
+@torch.no_grad()
+def test_a_head_without_position_embedding():
+    head = stock_head()
+    head.pos_embed = False
+    tokens, images = inputs(1, 2)
+    expected = call(head, tokens, images)
+    torch.testing.assert_close(call(patched_head(head), tokens, images), expected, rtol=1e-4, atol=1e-5)
