@@ -28,5 +28,9 @@ from moe3d.evaluation.flying import flying_sweep as flying_sweep
 from moe3d.evaluation.frame import Frame as Frame
 from moe3d.evaluation.frame import resize_bilinear as resize_bilinear
 from moe3d.evaluation.frame import resize_nearest as resize_nearest
+from moe3d.evaluation.predictions import Predictions as Predictions
+from moe3d.evaluation.predictions import prediction_path as prediction_path
+from moe3d.evaluation.predictions import read_predictions as read_predictions
+from moe3d.evaluation.predictions import write_predictions as write_predictions
 from moe3d.evaluation.report import aggregate_boundary as aggregate_boundary
 from moe3d.evaluation.report import boundary_report as boundary_report
