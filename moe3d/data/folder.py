@@ -1,0 +1,144 @@
+"""What the datasets on disk share: the root, the splits, broken frames, and frames stacked to a sample."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from moe3d.data.sample import AllFramesSkipped, Sample, Skipped, check_frames
+
+log = logging.getLogger("moe3d.data")
+
+
+class BrokenFrame(Exception):
+    """A frame that cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame as its files give it."""
+
+    image: np.ndarray
+    """[H, W, 3] uint8, or floating point in [0, 1]."""
+    depth: np.ndarray
+    """[H, W] planar z in metres; not finite or not positive where unknown."""
+    intrinsics: np.ndarray
+    """[3, 3]; the centre of the top-left pixel is (0, 0)."""
+    extrinsics: np.ndarray | None
+    """[3, 4] world-to-camera, OpenCV axes, metres."""
+
+
+class FolderDataset(ABC):
+    """A dataset in a folder. Opening it lists names only; images and depth are read by :meth:`load`.
+
+    A subclass lists its sequences and reads one frame, raising :class:`BrokenFrame` for one that cannot be used. Such
+    a frame is left out of the sample, logged once on the logger ``moe3d.data``, and kept in ``skipped``.
+
+    Args:
+        root: the folder.
+        split: one of ``splits``; ``None`` is the first.
+
+    Raises:
+        ValueError: for a root without the expected files, which the message names, or an unknown split.
+    """
+
+    name: ClassVar[str]
+    layout: ClassVar[str]
+    """The files expected under the root, for error messages."""
+    splits: ClassVar[tuple[str, ...]] = ()
+    has_poses: bool = True
+    max_depth: float = math.inf
+
+    def __init__(self, root: str | PathLike[str] | None = None, split: str | None = None) -> None:
+        if root is None:
+            raise ValueError(f"the {self.name} dataset needs a root, a folder with {self.layout}")
+        if split is not None and split not in self.splits:
+            known = f"expected one of {', '.join(self.splits)}" if self.splits else "it has no splits"
+            raise ValueError(f"the {self.name} dataset has no split '{split}', {known}")
+        self.root = Path(root)
+        self.split = split or next(iter(self.splits), None)
+        self.skipped: list[Skipped] = []
+        self.sequences = self._list() if self.root.is_dir() else {}
+        if not self.sequences:
+            raise ValueError(f"no frames of the {self.name} dataset in '{root}', expected {self._expected()}")
+
+    @abstractmethod
+    def _list(self) -> dict[str, list[str]]:
+        """Sequence name -> frame names, in order, without decoding an image."""
+
+    @abstractmethod
+    def _read(self, sequence: str, name: str) -> Frame:
+        """One frame; BrokenFrame if it cannot be used."""
+
+    def load(self, sequence: str, frames: Sequence[str]) -> Sample:
+        """The named frames, in the order asked for, without those that are broken.
+
+        Raises:
+            ValueError: for names that do not exist, or frames of different sizes.
+            AllFramesSkipped: if every one of them is broken (a ValueError too).
+        """
+        check_frames(self.sequences, sequence, frames)
+        good: dict[str, Frame] = {}
+        for name in frames:
+            try:
+                good[name] = _checked(self._read(sequence, name))
+            except BrokenFrame as error:
+                self._skip(sequence, name, str(error))
+        if not good:
+            raise AllFramesSkipped(f"{self.name}: none of the {len(frames)} frames asked of '{sequence}' can be used")
+        return self._stack(sequence, good)
+
+    def _skip(self, sequence: str, frame: str | None, reason: str) -> None:
+        record = Skipped(sequence, frame, reason)
+        if record not in self.skipped:
+            self.skipped.append(record)
+            log.warning("%s: skipped %s: %s", self.name, " ".join(filter(None, (sequence, frame))), reason)
+
+    def _expected(self) -> str:
+        """The layout, and why what was found does not count."""
+        return self.layout + (f" (skipped: {self.skipped[0].reason})" if self.skipped else "")
+
+    def _stack(self, sequence: str, frames: dict[str, Frame]) -> Sample:
+        sizes = {frame.depth.shape for frame in frames.values()}
+        if len(sizes) > 1:
+            found = " and ".join(f"{height}x{width}" for height, width in sorted(sizes))
+            raise ValueError(f"frames of '{sequence}' differ in size ({found}): load those of one size together")
+        images, depths, intrinsics, extrinsics = zip(
+            *((f.image, f.depth, f.intrinsics, f.extrinsics) for f in frames.values()), strict=True
+        )
+        depth = torch.from_numpy(np.stack(depths).astype(np.float32))
+        valid = torch.isfinite(depth) & (depth > 0) & (depth < self.max_depth)
+        return Sample(
+            images=torch.stack([_image_tensor(image) for image in images]),
+            depth=torch.where(valid, depth, 0),
+            valid=valid,
+            intrinsics=torch.from_numpy(np.stack(intrinsics)).float(),
+            extrinsics=torch.from_numpy(np.stack(extrinsics)).float() if self.has_poses else None,
+            names=list(frames),
+        )
+
+
+def _checked(frame: Frame) -> Frame:
+    height, width = frame.depth.shape
+    if frame.image.shape != (height, width, 3):
+        raise BrokenFrame(f"the image is {frame.image.shape[0]}x{frame.image.shape[1]}, the depth {height}x{width}")
+    if not np.isfinite(frame.intrinsics).all():
+        raise BrokenFrame("the intrinsics are not finite")
+    if frame.extrinsics is not None and not np.isfinite(frame.extrinsics).all():
+        raise BrokenFrame("the pose is not finite")
+    return frame
+
+
+def _image_tensor(image: np.ndarray) -> torch.Tensor:
+    """[3, H, W] float32 in [0, 1]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    return tensor / 255 if image.dtype == np.uint8 else tensor
