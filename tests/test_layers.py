@@ -16,8 +16,9 @@ PACKAGE = Path(moe3d.__file__).parent
 # From the bottom to the top: a module may import those before it (and, inside a folder, its own neighbours).
 # ``cli`` and ``__main__`` are the top; ``__init__`` gathers the public names of what is light.
 LAYERS = [
-    "_version", "_checkout", "kernels", "_native", "_build", "position", "ops", "functional", "nn", "integrations", "models",
-    "geometry", "data", "losses", "evaluation", "training", "reconstruct", "viz", "benchmark", "cli", "__main__",
+    "_version", "_checkout", "kernels", "_native", "_build", "position", "ops", "functional", "nn", "integrations",
+    "models", "geometry", "data", "losses", "evaluation", "training", "reconstruct", "viz", "benchmark", "cli",
+    "__main__",
 ]  # fmt: skip
 # Stricter than the order: what stands beside the head must not know it, and the head must not know them.
 ALLOWED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ def save_mini(model: MiniVGGT, path: str | os.PathLike[str]) -> None:
     The file appears under ``path`` only when it is whole.
 
     Raises:
-        ValueError: the model's state is not that of a plain MiniVGGT (a patched head is saved by ``save_head``), or a weight
-            is not finite in fp16.
+        ValueError: the model's state is not that of a plain MiniVGGT (a patched head is saved by ``save_head``), or a
+            weight is not finite in fp16.
         OSError: ``path`` cannot be written.
     """
     from safetensors.torch import save
@@ -91,7 +92,7 @@ def _read(path: Path) -> MiniVGGT:
     return model
 
 
-def _blank(config: dict[str, int | bool]) -> MiniVGGT:
+def _blank(config: dict[str, Any]) -> MiniVGGT:
     """A model without storage: costs no time and leaves the global random state alone."""
     with torch.device("meta"):
         return MiniVGGT(**config)
