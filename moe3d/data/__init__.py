@@ -10,8 +10,16 @@ from moe3d.data.sample import AllFramesSkipped, Dataset, Sample, Skipped
 # One line per dataset: name -> "module:class". The module is imported when the dataset is opened, so that opening one
 # never needs the libraries of another. The class is called with (root, split).
 DATASETS = {
+    "7scenes": "moe3d.data.sevenscenes:SevenScenes",
+    "bonn": "moe3d.data.bonn:Bonn",
+    "hypersim": "moe3d.data.hypersim:Hypersim",
+    "kitti": "moe3d.data.kitti:KITTI",
     "motorcycle": "moe3d.data.motorcycle:Motorcycle",
+    "nrgbd": "moe3d.data.nrgbd:NeuralRGBD",
+    "nyuv2": "moe3d.data.nyuv2:NYUv2",
+    "sintel": "moe3d.data.sintel:Sintel",
     "synthetic": "moe3d.data.synthetic:SyntheticDataset",
+    "vkitti2": "moe3d.data.vkitti2:VirtualKITTI2",
 }
 
 

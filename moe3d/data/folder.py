@@ -5,22 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from moe3d.data.files import BrokenFrame
 from moe3d.data.sample import AllFramesSkipped, Sample, Skipped, check_frames
 
 log = logging.getLogger("moe3d.data")
-
-
-class BrokenFrame(Exception):
-    """A frame that cannot be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +31,15 @@ class Frame:
     intrinsics: np.ndarray
     """[3, 3]; the centre of the top-left pixel is (0, 0)."""
     extrinsics: np.ndarray | None
-    """[3, 4] world-to-camera, OpenCV axes, metres."""
+    """[3, 4] world-to-camera, OpenCV axes, metres; ``None`` in a dataset without poses."""
 
 
 class FolderDataset(ABC):
     """A dataset in a folder. Opening it lists names only; images and depth are read by :meth:`load`.
 
-    A subclass lists its sequences and reads one frame, raising :class:`BrokenFrame` for one that cannot be used. Such
-    a frame is left out of the sample, logged once on the logger ``moe3d.data``, and kept in ``skipped``.
+    A subclass lists its sequences and reads one frame, raising :class:`~moe3d.data.files.BrokenFrame` for one that
+    cannot be used. Such a frame is left out of the sample, logged once on the logger ``moe3d.data``, and kept in
+    ``skipped``; so is a sequence that lacks what all its frames need.
 
     Args:
         root: the folder.
@@ -67,6 +65,7 @@ class FolderDataset(ABC):
         self.root = Path(root)
         self.split = split or next(iter(self.splits), None)
         self.skipped: list[Skipped] = []
+        self._memory: dict[Any, Any] = {}
         self.sequences = self._list() if self.root.is_dir() else {}
         if not self.sequences:
             raise ValueError(f"no frames of the {self.name} dataset in '{root}', expected {self._expected()}")
@@ -103,6 +102,12 @@ class FolderDataset(ABC):
             self.skipped.append(record)
             log.warning("%s: skipped %s: %s", self.name, " ".join(filter(None, (sequence, frame))), reason)
 
+    def _once(self, key: Any, read: Callable[[], Any]) -> Any:
+        """What ``read`` returns, kept: for files that many frames share."""
+        if key not in self._memory:
+            self._memory[key] = read()
+        return self._memory[key]
+
     def _expected(self) -> str:
         """The layout, and why what was found does not count."""
         return self.layout + (f" (skipped: {self.skipped[0].reason})" if self.skipped else "")
@@ -135,7 +140,13 @@ def _checked(frame: Frame) -> Frame:
         raise BrokenFrame("the intrinsics are not finite")
     if frame.extrinsics is not None and not np.isfinite(frame.extrinsics).all():
         raise BrokenFrame("the pose is not finite")
+    if frame.extrinsics is not None and not _is_rotation(frame.extrinsics[:, :3]):
+        raise BrokenFrame("the pose is not a rigid motion")
     return frame
+
+
+def _is_rotation(matrix: np.ndarray) -> bool:
+    return bool(np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-2) and np.linalg.det(matrix) > 0)
 
 
 def _image_tensor(image: np.ndarray) -> torch.Tensor:
