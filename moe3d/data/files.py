@@ -105,7 +105,8 @@ def pinhole(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
 def world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
     """[3, 4] inverse of a rigid motion given as [3, 4] or [4, 4]."""
     rotation, position = camera_to_world[:3, :3], camera_to_world[:3, 3:]
-    return np.concatenate([rotation.T, -rotation.T @ position], 1)
+    with np.errstate(invalid="ignore"):  # a pose that is not finite stays so, for the caller to see
+        return np.concatenate([rotation.T, -rotation.T @ position], 1)
 
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0])

@@ -86,15 +86,17 @@ class FolderDataset(ABC):
             AllFramesSkipped: if every one of them is broken (a ValueError too).
         """
         check_frames(self.sequences, sequence, frames)
-        good: dict[str, Frame] = {}
+        good: list[Frame] = []
+        names: list[str] = []
         for name in frames:
             try:
-                good[name] = _checked(self._read(sequence, name))
+                good.append(_checked(self._read(sequence, name)))
+                names.append(name)
             except BrokenFrame as error:
                 self._skip(sequence, name, str(error))
         if not good:
             raise AllFramesSkipped(f"{self.name}: none of the {len(frames)} frames asked of '{sequence}' can be used")
-        return self._stack(sequence, good)
+        return self._stack(sequence, names, good)
 
     def _skip(self, sequence: str, frame: str | None, reason: str) -> None:
         record = Skipped(sequence, frame, reason)
@@ -112,23 +114,20 @@ class FolderDataset(ABC):
         """The layout, and why what was found does not count."""
         return self.layout + (f" (skipped: {self.skipped[0].reason})" if self.skipped else "")
 
-    def _stack(self, sequence: str, frames: dict[str, Frame]) -> Sample:
-        sizes = {frame.depth.shape for frame in frames.values()}
+    def _stack(self, sequence: str, names: list[str], frames: list[Frame]) -> Sample:
+        sizes = {frame.depth.shape for frame in frames}
         if len(sizes) > 1:
             found = " and ".join(f"{height}x{width}" for height, width in sorted(sizes))
             raise ValueError(f"frames of '{sequence}' differ in size ({found}): load those of one size together")
-        images, depths, intrinsics, extrinsics = zip(
-            *((f.image, f.depth, f.intrinsics, f.extrinsics) for f in frames.values()), strict=True
-        )
-        depth = torch.from_numpy(np.stack(depths).astype(np.float32))
+        depth = torch.from_numpy(np.stack([frame.depth for frame in frames]).astype(np.float32))
         valid = torch.isfinite(depth) & (depth > 0) & (depth < self.max_depth)
         return Sample(
-            images=torch.stack([_image_tensor(image) for image in images]),
+            images=torch.stack([_image_tensor(frame.image) for frame in frames]),
             depth=torch.where(valid, depth, 0),
             valid=valid,
-            intrinsics=torch.from_numpy(np.stack(intrinsics)).float(),
-            extrinsics=torch.from_numpy(np.stack(extrinsics)).float() if self.has_poses else None,
-            names=list(frames),
+            intrinsics=_float32([frame.intrinsics for frame in frames]),
+            extrinsics=_float32([frame.extrinsics for frame in frames]) if self.has_poses else None,
+            names=names,
         )
 
 
@@ -147,6 +146,10 @@ def _checked(frame: Frame) -> Frame:
 
 def _is_rotation(matrix: np.ndarray) -> bool:
     return bool(np.allclose(matrix @ matrix.T, np.eye(3), atol=1e-2) and np.linalg.det(matrix) > 0)
+
+
+def _float32(matrices: list[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(matrices)).float()
 
 
 def _image_tensor(image: np.ndarray) -> torch.Tensor:

@@ -94,7 +94,7 @@ class KITTI(FolderDataset):
 def _find(root: Path) -> tuple[list[Path], Path | None]:
     """The drives with ground truth under the root, by name, and the folder of the cropped selection."""
     drives, cropped = [], None
-    for folder, children, _ in os.walk(root):
+    for folder, children, _ in os.walk(os.path.abspath(root), followlinks=True):
         path = Path(folder)
         if path.name == CROPPED:
             cropped = path

@@ -15,7 +15,7 @@ from moe3d.data.files import BrokenFrame, numbered, read_image
 from moe3d.data.folder import FolderDataset, Frame
 
 TAG = 202021.25
-# The sequences of the usual depth evaluations; the others hold a still camera or hardly any depth.
+# The sequences of the usual evaluations (MonST3R, CUT3R, Pi3).
 EVALUATED = (
     "alley_2", "ambush_4", "ambush_5", "ambush_6", "cave_2", "cave_4", "market_2", "market_5", "market_6", "shaman_3",
     "sleeping_1", "sleeping_2", "temple_2", "temple_3",
