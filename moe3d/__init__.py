@@ -5,6 +5,7 @@ The way down: :func:`patch_vggt` -> :class:`MoEHead` -> :func:`moe3d.functional.
 """
 
 from moe3d._checkout import install_finder as _install_finder
+from moe3d._startup import take_over as _take_over  # noqa: F401
 from moe3d._version import __version__ as __version__
 from moe3d.functional import moe_head as moe_head
 from moe3d.integrations import load_head as load_head

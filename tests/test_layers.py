@@ -16,9 +16,9 @@ PACKAGE = Path(moe3d.__file__).parent
 # From the bottom to the top: a module may import those before it (and, inside a folder, its own neighbours).
 # ``cli`` and ``__main__`` are the top; ``__init__`` gathers the public names of what is light.
 LAYERS = [
-    "_version", "_checkout", "kernels", "_native", "_build", "position", "ops", "functional", "nn", "integrations",
-    "models", "geometry", "data", "losses", "evaluation", "reconstruct", "viz", "training", "benchmark", "cli",
-    "__main__",
+    "_version", "_startup", "_checkout", "atomic", "kernels", "_native", "_build", "position", "ops", "functional",
+    "nn", "integrations", "models", "geometry", "data", "losses", "evaluation", "reconstruct", "viz", "training",
+    "benchmark", "cli", "__main__",
 ]  # fmt: skip
 # Stricter than the order: what stands beside the head must not know it, and the head must not know them.
 ALLOWED = {
@@ -26,11 +26,11 @@ ALLOWED = {
     "ops": {"kernels", "_build", "_native", "position"},
     "functional": {"ops"},
     "nn": {"functional", "ops"},
-    "integrations": {"functional", "nn", "ops", "position"},
-    "models": {"integrations", "ops", "position"},
+    "integrations": {"atomic", "functional", "nn", "ops", "position"},
+    "models": {"atomic", "integrations", "ops", "position"},
     "geometry": set(),
     "data": {"geometry"},
-    "evaluation": {"geometry"},
+    "evaluation": {"atomic", "geometry"},
 }
 # Inside ops, in the same sense; backends stand between what they compute with and the registry that knows them.
 OPS_BASE = ["types", "activations", "mixture", "backend"]

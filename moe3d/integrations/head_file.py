@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from moe3d.atomic import whole_file
 from moe3d.integrations.kinds import Kind, kind_of, patched_heads
 from moe3d.integrations.vggt import HEADS
 
@@ -41,13 +42,8 @@ def save_head(model: nn.Module, path: str | os.PathLike) -> None:
     }
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "heads": json.dumps(config)}
     metadata["kind"] = kind_of(model).name
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save(tensors, metadata=metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(save(tensors, metadata=metadata))
 
 
 def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:

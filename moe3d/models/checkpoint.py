@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe3d.atomic import whole_file
 from moe3d.models.mini import MiniVGGT
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -36,13 +37,8 @@ def save_mini(model: MiniVGGT, path: str | os.PathLike[str]) -> None:
         if not tensor.isfinite().all():
             raise ValueError(f"model has a weight that is not finite in float16: {name}")
 
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_bytes(save(state, metadata={"model": "MiniVGGT", "config": json.dumps(model.config)}))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_mini(head: str = "single", path: str | os.PathLike[str] | None = None) -> MiniVGGT:
