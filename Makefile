@@ -17,13 +17,13 @@ VENV_FLAGS :=
 PIP_FLAGS  := -c constraints.txt
 endif
 
-.PHONY: demo test test-real bench gpu native-sanitize lint clean
+.PHONY: demo test test-real bench gpu native-sanitize lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
 
 test: $(VENV)/.tools
-	$(VENV)/bin/pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist loadfile
 
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
 test-real: $(VENV)/.tools
@@ -51,6 +51,9 @@ lint: $(VENV)/.tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: $(VENV)/.tools
+	$(PY) -m mkdocs build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo
