@@ -53,14 +53,14 @@ class Motorcycle:
         images, disparity = _read()
         intrinsics = _intrinsics()
         offset = intrinsics[1, 0, 2] - intrinsics[0, 0, 2]
-        depth = BASELINE * intrinsics[0, 0, 0] / (disparity + offset)
+        depth = (BASELINE * intrinsics[0, 0, 0] / (disparity + offset)).float()
         valid = torch.isfinite(disparity) & (depth > 0) & (depth < self.max_depth)
         depth = torch.where(valid, depth, 0)
         extrinsics = torch.eye(3, 4).repeat(2, 1, 1)
         extrinsics[1, 0, 3] = -BASELINE
         return Sample(
             images=images[chosen],
-            depth=torch.stack([depth, torch.zeros_like(depth)])[chosen].float(),
+            depth=torch.stack([depth, torch.zeros_like(depth)])[chosen],
             valid=torch.stack([valid, torch.zeros_like(valid)])[chosen],
             intrinsics=intrinsics[chosen].float(),
             extrinsics=extrinsics[chosen],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import h5py
 import numpy as np
@@ -88,12 +89,9 @@ def test_planar_depth_is_the_third_coordinate():
 
 
 def test_unknown_distances_are_not_valid(root):
-    set_dataset(
-        root / CASE.depth,
-        lambda distance: np.where(np.arange(distance.size).reshape(distance.shape) % 3, distance, np.nan),
-    )
+    unknown = np.arange(CASE.size[0] * CASE.size[1]).reshape(CASE.size) % 3 == 0
+    set_dataset(root / CASE.depth, lambda distance: np.where(unknown, np.nan, distance))
     sample = open_dataset("hypersim", root).load(CASE.sequence, FRAMES[1:2])
-    unknown = np.arange(sample.depth.numel()).reshape(CASE.size) % 3 == 0
     assert not sample.valid[0].numpy()[unknown].any()
     assert sample.valid[0].numpy()[~unknown].mean() > 0.9
     assert (sample.depth[0].numpy()[unknown] == 0).all()
@@ -149,7 +147,7 @@ def test_only_the_splits_public_images_are_listed(root):
         root / SPLIT,
         lines[0],
         "ai_001_002,cam_01,3,True,,val",
-        "ai_001_002,cam_01,5,False,OUTSIDE VIEWING AREA (BAD TRAJECTORY),",
+        "ai_001_002,cam_01,5,False,OUTSIDE VIEWING AREA (BAD TRAJECTORY),test",
         "ai_001_002,cam_01,7,True,,test",
         "ai_001_002,cam_01,8,True,,test",  # not on disk
         "ai_009_001,cam_00,0,True,,test",  # its scene neither
@@ -168,13 +166,8 @@ def test_a_scene_without_camera_parameters_is_left_out(root):
 
 
 def test_trajectories_of_one_scene_are_sequences(root):
-    (root / "ai_001_002/images/scene_cam_01_final_hdf5").rename(root / "ai_001_002/images/scene_cam_00_final_hdf5")
-    (root / "ai_001_002/images/scene_cam_01_geometry_hdf5").rename(
-        root / "ai_001_002/images/scene_cam_00_geometry_hdf5"
-    )
-    (root / "ai_001_002/_detail/cam_01").rename(root / "ai_001_002/_detail/cam_00")
-    set_column(root / SPLIT, camera_name="cam_00")
-    CASE.write(root, CASE.views())
+    for folder in ("images/scene_{}_final_hdf5", "images/scene_{}_geometry_hdf5", "_detail/{}"):
+        shutil.copytree(root / "ai_001_002" / folder.format("cam_01"), root / "ai_001_002" / folder.format("cam_00"))
     rows = (root / SPLIT).read_text().splitlines()
     save_text(root / SPLIT, *rows, *(row.replace("cam_01", "cam_00") for row in rows[1:]))
     dataset = open_dataset("hypersim", root)
@@ -231,13 +224,17 @@ def test_colours_that_are_not_finite_do_not_spread():
     assert (mapped[0, 2] == 0).all()
 
 
-def test_images_are_tone_mapped(root):
-    sample = open_dataset("hypersim", root).load(CASE.sequence, FRAMES[:1])
-    view = CASE.views()[0]
-    linear = ((view.image / 255) ** 2.2).astype(np.float16).astype(float)
-    np.testing.assert_allclose(
-        sample.images[0].permute(1, 2, 0).numpy(), slow_tone_map(linear, view.depth > 0), atol=1e-5
-    )
+def test_images_are_tone_mapped_by_what_shows_an_object(root):
+    lit = np.arange(CASE.size[0] * CASE.size[1]).reshape(CASE.size) % 5 > 1
+    for name in ("render_entity_id", "depth_meters"):
+        path = root / CASE.depth.replace("0005.depth_meters", f"0003.{name}")
+        set_dataset(path, lambda values: np.where(lit, values, -1))
+    linear = ((CASE.views()[0].image / 255) ** 2.2).astype(np.float16).astype(float)
+    linear[~lit] *= 0.1
+    set_dataset(root / CASE.image.replace("0005", "0003"), lambda colour: linear.astype(np.float16))
+    image = open_dataset("hypersim", root).load(CASE.sequence, FRAMES[:1]).images[0]
+    expected = slow_tone_map(linear.astype(np.float16).astype(float), lit)
+    np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
 def test_what_is_skipped_is_a_record(root):
