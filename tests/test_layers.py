@@ -30,7 +30,7 @@ ALLOWED = {
     "models": {"atomic", "integrations", "ops", "position"},
     "geometry": set(),
     "data": {"geometry"},
-    "evaluation": {"atomic", "geometry"},
+    "evaluation": {"atomic", "data", "geometry"},
 }
 # Inside ops, in the same sense; backends stand between what they compute with and the registry that knows them.
 OPS_BASE = ["types", "activations", "mixture", "backend"]

@@ -16,6 +16,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from moe3d.atomic import whole_file
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -115,13 +117,8 @@ def write_predictions(folder: str | os.PathLike[str], sequence: str, predictions
         OSError: the file cannot be written.
     """
     path = prediction_path(folder, sequence)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, frames=np.array(predictions.frames), **predictions._arrays())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, frames=np.array(predictions.frames), **predictions._arrays())
     return path
 
 
