@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moe3d.atomic import whole_file
 from moe3d.position import position_tables
-from moe3d.training.scenes import Batch, Key, LiveScenes
+from moe3d.training.scenes import Batch, Key, LiveScenes, collate
 
 FRONT_END = "depth_head.scratch.output_conv1"  # the last layer before the tail
 MANIFEST = "cache.json"
@@ -127,6 +127,11 @@ def read_scene(file: Path) -> Batch:
     scene["images"] = scene["images"].float() / 255
     scene["fused"], scene["valid"] = scene["fused"].float(), scene["valid"].bool()
     return scene
+
+
+def read_batches(cached: CachedScenes) -> list[Batch]:
+    """All cached scenes, one in each batch."""
+    return [collate([read_scene(file)]) for file in cached.files]
 
 
 def _write_scene(file: Path, scene: Mapping[str, Any]) -> None:

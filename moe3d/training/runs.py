@@ -14,10 +14,10 @@ from moe3d.atomic import whole_file
 from moe3d.integrations import patch_vggt, patched_heads, save_head, unpatch_vggt
 from moe3d.models import MiniVGGT, save_mini
 from moe3d.models.load import load_model
-from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes
+from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, read_batches
 from moe3d.training.networks import ImageNetwork, Supervised, set_trainable
 from moe3d.training.recipes import Recipe
-from moe3d.training.scenes import LiveScenes, open_corpus
+from moe3d.training.scenes import LiveScenes, collate, open_corpus
 from moe3d.training.trainer import CHECKPOINT, Trainer, TrainOptions, on_cpu
 from moe3d.training.validate import Validation
 
@@ -64,9 +64,8 @@ def train(options: RunOptions) -> None:
     set_seed(options.train.seed)  # for whatever a model draws; data and initial weights have generators of their own
     model = load_model(options.model, "stock").to(process.device)
     scenes, held_out = (_scenes(options, validation) for validation in (False, True))
-    network, training, validating = _prepare(options, model, scenes, held_out, process)
+    network, training, validation = _prepare(options, model, scenes, held_out, process)
     cameras = options.part != "head" and options.recipe.camera_weight > 0
-    validation = Validation(validating, options.validation_scenes) if options.validation_scenes else None
     supervised = Supervised(network, options.recipe.objective(cameras))
     trainer = Trainer(supervised, training, options.train, options.out, validation, options.resume)
     trainer.train()
@@ -81,23 +80,27 @@ def _scenes(options: RunOptions, validation: bool) -> LiveScenes:
 
 def _prepare(
     options: RunOptions, model: nn.Module, scenes: LiveScenes, held_out: LiveScenes, process: PartialState
-) -> tuple[nn.Module, Dataset, Dataset]:
-    """The network that is trained, its training scenes and its validation scenes: of images, or of cached features."""
-    seed = options.train.seed
+) -> tuple[nn.Module, Dataset, Validation | None]:
+    """The network that is trained, its training scenes and its validation: of images, or of cached features."""
+    seed, validate = options.train.seed, options.validation_scenes > 0
     if options.cache is not None:
         turns = (process.process_index, process.num_processes)
         cache_scenes(model, scenes, options.cache_scenes, options.cache / "train", *turns)
-        cache_scenes(model, held_out, max(1, options.validation_scenes), options.cache / "val", *turns)
+        cache_scenes(model, held_out, options.validation_scenes, options.cache / "val", *turns)
         process.wait_for_everyone()
     patch_vggt(model, **options.recipe.patch_options(seed))
     set_trainable(model, options.part, options.recipe.camera_weight > 0)
     if options.cache is None:
         on_gpu = process.device.type == "cuda"
         bf16 = options.precision == "bf16" or (options.precision is None and on_gpu)
-        return ImageNetwork(model, bf16), scenes, held_out
+        batches = (collate([held_out[i, 0]]) for i in range(options.validation_scenes))
+        return ImageNetwork(model, bf16), scenes, Validation(batches) if validate else None
     head = patched_heads(model)["depth"]
     cached = CachedScenes(options.cache / "train", seed, options.cache_scenes)
-    return FeatureNetwork(head.tail, head.pos_embed), cached, CachedScenes(options.cache / "val", VALIDATION_SEED)
+    network = FeatureNetwork(head.tail, head.pos_embed)
+    if not validate:
+        return network, cached, None
+    return network, cached, Validation(read_batches(CachedScenes(options.cache / "val", 0, options.validation_scenes)))
 
 
 def _export(trainer: Trainer, options: RunOptions) -> None:

@@ -25,15 +25,12 @@ from moe3d.models.load import load_model
 from moe3d.nn import MoEHead
 from moe3d.ops.types import MoEOutput
 from moe3d.position import position_map
-from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, front_features, read_scene
-from moe3d.training.networks import Supervised
+from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, front_features, read_batches
+from moe3d.training.heads import HeadBudget, HeadTrainer, MakeHead, best_rate, mixture_head
 from moe3d.training.recipes import BEST, PAPER, Recipe
-from moe3d.training.scenes import Batch, LiveScenes, collate, open_corpus
-from moe3d.training.trainer import Trainer, TrainOptions
+from moe3d.training.scenes import Batch, LiveScenes, open_corpus
 from moe3d.training.validate import METRICS, first_frame, first_truth, gate_summary, judge, motorcycle, summarise
 
-RATES = (3e-4, 1e-3, 3e-3)
-SWEEP_PART = 0.15  # of the steps, in which every rate is tried
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0)  # of the tempered decode; the one of the best SI-F1 on validation scenes is used
 EDGE_TOLERANCE = 0.03
 SNAP_RATIO = 1.2
@@ -41,14 +38,6 @@ SEEDS = {"train": 0, "val": 1, "test": 2}  # of the draw of scenes
 BASELINE = ("single-l2", "mean")
 SINGLE_DECODES = ("mean", "snapped", "filtered")
 MIXTURE_DECODES = ("mean", "argmax", "tempered", "switch", "snapped", "filtered", "oracle", "image-oracle")
-
-Heads = Callable[[nn.Sequential, Recipe, int], nn.Module]
-
-
-def mixture_head(block: nn.Sequential, recipe: Recipe, seed: int) -> nn.Module:
-    """The head of a recipe, or for one expert the pretrained block itself."""
-    options = recipe.patch_options(seed)
-    return MoEHead.from_conv_block(block, options.pop("num_experts"), options.pop("gate_hidden"), **options)
 
 
 @torch.no_grad()
@@ -110,7 +99,7 @@ class Variant:
 
     about: str
     recipe: Recipe
-    head: Heads = mixture_head
+    head: MakeHead = mixture_head
     every_seed: bool = True
     """False: one seed will do."""
 
@@ -155,13 +144,11 @@ class StudyOptions:
 
     model: str = "mini"
     size: tuple[int, int] = (126, 168)
-    steps: int = 1500
-    batch: int = 1
+    budget: HeadBudget = field(default_factory=HeadBudget)
     seeds: int = 3
     train_scenes: int = 1200
     validation_scenes: int = 24
     test_scenes: int = 64
-    rates: tuple[float, ...] = RATES
 
 
 @dataclass(frozen=True)
@@ -198,19 +185,23 @@ class Study:
     options: StudyOptions
     scenes: dict[str, CachedScenes] = field(init=False)
     held: dict[str, list[Held]] = field(init=False)
+    trainer: HeadTrainer = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         model = load_model(self.options.model, "stock")
-        self.block = cast(nn.Sequential, model.get_submodule("depth_head.scratch.output_conv2"))
         counts = {
             "train": self.options.train_scenes,
             "val": self.options.validation_scenes,
             "test": self.options.test_scenes,
         }
         self.scenes = {part: self._cache(model, part, count) for part, count in counts.items()}
-        self.held = {part: [_held(file) for file in self._batches(part)] for part in ("val", "test")}
+        self.held = {part: [_held(batch) for batch in read_batches(self.scenes[part])] for part in ("val", "test")}
         self.held["motorcycle"] = [_held_motorcycle(model)]
+        block = cast(nn.Sequential, model.get_submodule("depth_head.scratch.output_conv2"))
+        self.trainer = HeadTrainer(
+            block, self.scenes["train"].folder, [held.batch for held in self.held["val"]], self.options.budget
+        )
 
     def run(self, names: Sequence[str], report: Callable[[str], None] = print) -> list[dict[str, Any]]:
         """Train and judge what is missing; every result, also of earlier runs."""
@@ -254,15 +245,11 @@ class Study:
         cache_scenes(model, live, count, self.folder / "cache" / part)
         return CachedScenes(self.folder / "cache" / part, SEEDS[part], count)
 
-    def _batches(self, part: str) -> list[Batch]:
-        return [collate([read_scene(file)]) for file in self.scenes[part].files]
-
     def _train_and_judge(self, name: str, seed: int) -> dict[str, Any]:
         variant = VARIANTS[name]
         rates = self._rates(name)
-        rate = min(rates, key=lambda r: rates[r])
-        trained = self._train(variant, seed, rate, self.options.steps)
-        network = cast(FeatureNetwork, trained.network)
+        rate = best_rate(rates)
+        network = cast(FeatureNetwork, self.trainer.train(variant.head, variant.recipe, seed, rate).network)
         temperature = self._choose_temperature(network) if variant.recipe.num_experts > 1 else 1.0
         gap = variant.recipe.gap
         judged = {
@@ -287,22 +274,7 @@ class Study:
         for line in self.results():
             if line["variant"] == name:
                 return {float(rate): loss for rate, loss in line["rates"].items()}
-        steps = max(1, round(SWEEP_PART * self.options.steps))
-        return {rate: self._validation_loss(self._train(VARIANTS[name], 0, rate, steps)) for rate in self.options.rates}
-
-    def _train(self, variant: Variant, seed: int, rate: float, steps: int) -> Supervised:
-        head = variant.head(self.block, variant.recipe, seed)
-        supervised = Supervised(FeatureNetwork(head), variant.recipe.objective()).train()
-        options = TrainOptions(
-            steps=steps, batch=self.options.batch, learning_rate=rate, temperature=variant.recipe.temperature, seed=seed
-        )
-        scenes = CachedScenes(self.scenes["train"].folder, seed, self.options.train_scenes)
-        Trainer(supervised, scenes, options).train()
-        return supervised.eval()
-
-    @torch.no_grad()
-    def _validation_loss(self, supervised: Supervised) -> float:
-        return statistics.fmean(float(supervised(held.batch, 1.0)["total"]) for held in self.held["val"])
+        return self.trainer.sweep(VARIANTS[name].head, VARIANTS[name].recipe)
 
     def _choose_temperature(self, network: FeatureNetwork) -> float:
         def f1(temperature: float) -> float:
@@ -519,14 +491,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to go on in")
     parser.add_argument("--model", default=StudyOptions.model, help="mini, or the path of weights")
     parser.add_argument("--seeds", type=int, default=StudyOptions.seeds)
-    parser.add_argument("--steps", type=int, default=StudyOptions.steps)
+    parser.add_argument("--steps", type=int, default=HeadBudget.steps)
     parser.add_argument("--train-scenes", type=int, default=StudyOptions.train_scenes)
     parser.add_argument("--test-scenes", type=int, default=StudyOptions.test_scenes)
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")
     args = parser.parse_args(argv)
     options = StudyOptions(
         model=args.model,
-        steps=args.steps,
+        budget=HeadBudget(steps=args.steps),
         seeds=args.seeds,
         train_scenes=args.train_scenes,
         test_scenes=args.test_scenes,

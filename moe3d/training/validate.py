@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from moe3d.data import Sample, open_dataset
 from moe3d.data.synthetic import SyntheticScenes
@@ -27,7 +26,7 @@ from moe3d.evaluation import (
 )
 from moe3d.losses import load_balance
 from moe3d.models.mini import PATCH_SIZE
-from moe3d.training.scenes import Batch, collate, to_device
+from moe3d.training.scenes import Batch, to_device
 from moe3d.viz.pictures import depth_picture, depth_range, entropy_picture, gate_picture
 
 SIZE = (168, 224)  # of the held-out scenes
@@ -82,12 +81,11 @@ class Validation:
     """The same held-out scenes, again and again.
 
     Args:
-        scenes: by (step, place), as in training; scene i is the first of step i.
-        count: how many.
+        batches: of one scene each, read when they are first needed.
     """
 
-    def __init__(self, scenes: Dataset, count: int) -> None:
-        self.scenes, self.count = scenes, count
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = iter(batches)
         self._held: list[Batch] = []
 
     @torch.no_grad()
@@ -96,8 +94,7 @@ class Validation:
 
         Every process of a distributed run computes all of it: a sharded network needs them all for its forward.
         """
-        if not self._held:
-            self._held = [collate([self.scenes[i, 0]]) for i in range(self.count)]
+        self._held.extend(self._batches)
         flags = {module: module.training for module in network.modules()}
         network.eval()
         try:
