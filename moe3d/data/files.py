@@ -70,18 +70,19 @@ def read_hdf5(path: Path, key: str = "dataset", index: Any = ()) -> np.ndarray:
         raise BrokenFrame(f"{path.name} cannot be read ({error})") from error
 
 
-def read_numbers(path: Path, columns: int, header: int = 0) -> np.ndarray:
+def read_numbers(path: Path, columns: int, rows: int = -1, header: int = 0) -> np.ndarray:
     """[rows, columns] float64 of a text file of numbers separated by white space, "nan" among them.
 
-    ``header`` lines are left out. Line breaks have no meaning otherwise.
+    By default there may be any number of rows. ``header`` lines are left out; line breaks have no meaning otherwise.
     """
     try:
         words = " ".join(path.read_text().splitlines()[header:]).split()
-        return np.array(words, dtype=np.float64).reshape(-1, columns)
+        return np.array(words, dtype=np.float64).reshape(rows, columns)
     except FileNotFoundError:
         raise BrokenFrame(f"{path.name} is missing") from None
     except (OSError, ValueError) as error:
-        raise BrokenFrame(f"{path.name} is not a table of {columns} columns of numbers ({error})") from error
+        size = f"{columns} columns" if rows < 0 else f"{rows}x{columns}"
+        raise BrokenFrame(f"{path.name} is not a table of {size} numbers ({error})") from error
 
 
 def numbered(folder: Path, pattern: str) -> dict[int, str]:

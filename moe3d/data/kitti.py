@@ -78,7 +78,7 @@ class KITTI(FolderDataset):
         if self._cropped:
             image = self._cropped / "image" / f"{name}.png"
             depth = self._cropped / "groundtruth_depth" / f"{name.replace('_image_', '_groundtruth_depth_', 1)}.png"
-            intrinsics: np.ndarray = read_numbers(self._cropped / "intrinsics" / f"{name}.txt", 9)[0].reshape(3, 3)
+            intrinsics: np.ndarray = read_numbers(self._cropped / "intrinsics" / f"{name}.txt", 3, rows=3)
         else:
             image, depth = (folder / f"{name}.png" for folder in self._images[sequence])
             focal, cx, cy = CALIBRATION[sequence[:10]]

@@ -68,5 +68,5 @@ class SevenScenes(FolderDataset):
             image=read_image(folder / f"{name}.color.png"),
             depth=read_depth_png(folder / f"{name}.depth.proj.png", unit=1e-3, unknown=UNKNOWN),
             intrinsics=INTRINSICS,
-            extrinsics=world_to_camera(read_numbers(folder / f"{name}.pose.txt", 4)),
+            extrinsics=world_to_camera(read_numbers(folder / f"{name}.pose.txt", 4, rows=4)),
         )

@@ -284,7 +284,11 @@ def test_a_pose_that_is_no_rigid_motion_is_left_out(tmp_path):
     case = CASES["7scenes"]
     root = case.written(tmp_path)
     pose = root / case.depth.replace("depth.proj.png", "pose.txt")
-    for text, reason in (("0 " * 16, "not a rigid motion"), ("nan " * 16, "not finite"), ("1 2 3", "not a table of 4")):
+    for text, reason in (
+        ("0 " * 16, "not a rigid motion"),
+        ("nan " * 16, "not finite"),
+        ("1 2 3 4 " * 2, "not a table of 4x4"),
+    ):
         pose.write_text(text)
         dataset = opened(case, root)
         assert dataset.load(case.sequence, list(case.frames)).names == [case.frames[0]]

@@ -146,6 +146,7 @@ def test_sintel_sequences_beyond_the_usual(tmp_path):
         ("camdata_left", struct.pack("<f20d", 202021.25, *range(20)), "has 164 bytes, not the 172 of a camera"),
         ("camdata_left", struct.pack("<f21d", 202021.25, *[np.nan] * 21), "the intrinsics are not finite"),
     ],
+    ids=["another tag", "too short", "no size", "half a camera", "unknown camera"],
 )
 def test_sintel_files_that_are_none(tmp_path, file, content, reason):
     folder = SINTEL.written(tmp_path) / "training" / file / "alley_2"

@@ -57,17 +57,29 @@ def test_nrgbd_poses_that_are_none(tmp_path, text):
     assert len(dataset.skipped) == 3
 
 
-@pytest.mark.parametrize("name", ["poses.txt", "focal.txt"])
-def test_nrgbd_a_scene_that_lacks_a_file_is_left_out(tmp_path, name):
+def test_nrgbd_a_scene_that_lacks_its_poses_is_left_out(tmp_path):
     NRGBD.written(tmp_path)
     (tmp_path / "kitchen").rename(tmp_path / "whiteroom")
     NRGBD.written(tmp_path)
-    (tmp_path / "kitchen" / name).unlink()
+    (tmp_path / "kitchen" / "poses.txt").unlink()
     (tmp_path / "notes").mkdir()
     dataset = open_dataset("nrgbd", tmp_path)
     assert list(dataset.sequences) == ["whiteroom"]
     (skipped,) = dataset.skipped
-    assert (skipped.sequence, skipped.frame, skipped.reason) == ("kitchen", None, f"{name} is missing")
+    assert (skipped.sequence, skipped.frame, skipped.reason) == ("kitchen", None, "poses.txt is missing")
+
+
+def test_nrgbd_the_focal_length_is_the_files_or_the_published_one(tmp_path):
+    focal = NRGBD.written(tmp_path) / "kitchen" / "focal.txt"
+    focal.unlink()
+    intrinsics = open_dataset("nrgbd", tmp_path).load("kitchen", ["img0"]).intrinsics[0]
+    torch.testing.assert_close(intrinsics, torch.tensor([[554.25626, 0, 48], [0, 554.25626, 32], [0, 0, 1]]))
+    for text in ("", "1 2", "wide"):
+        focal.write_text(text)
+        dataset = open_dataset("nrgbd", tmp_path)
+        with pytest.raises(ValueError, match="none of the 1 frames"):
+            dataset.load("kitchen", ["img0"])
+        assert "focal.txt" in dataset.skipped[0].reason
 
 
 def test_nrgbd_depth_from_10_metres_on_is_not_valid(tmp_path):
