@@ -35,7 +35,7 @@ class Bonn(FolderDataset):
                 continue
             images, depths = (sorted((folder / kind).glob("*.png")) for kind in ("rgb_110", "depth_110"))
             if len(images) != len(depths):
-                self._skip(sequence, None, f"rgb_110 has {len(images)} images and depth_110 has {len(depths)}")
+                self._skip_sequence(sequence, f"rgb_110 has {len(images)} images and depth_110 has {len(depths)}")
             elif images:
                 sequences[sequence] = [path.stem for path in images]
                 self._depth |= {(sequence, image.stem): depth for image, depth in zip(images, depths, strict=True)}

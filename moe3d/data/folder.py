@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -39,7 +40,7 @@ class FolderDataset(ABC):
 
     A subclass lists its sequences and reads one frame, raising :class:`~moe3d.data.files.BrokenFrame` for one that
     cannot be used. Such a frame is left out of the sample, logged once on the logger ``moe3d.data``, and kept in
-    ``skipped``; so is a sequence that lacks what all its frames need.
+    ``skipped``; so are sequences that lack what all their frames need, with one line for all that have one reason.
 
     Args:
         root: the folder.
@@ -67,6 +68,9 @@ class FolderDataset(ABC):
         self.skipped: list[Skipped] = []
         self._memory: dict[Any, Any] = {}
         self.sequences = self._list() if self.root.is_dir() else {}
+        for reason, count in Counter(record.reason for record in self.skipped).items():
+            first = next(record.sequence for record in self.skipped if record.reason == reason)
+            log.warning("%s: left out %d sequence(s), the first %s: %s", self.name, count, first, reason)
         if not self.sequences:
             raise ValueError(f"no frames of the {self.name} dataset in '{root}', expected {self._expected()}")
 
@@ -93,16 +97,20 @@ class FolderDataset(ABC):
                 good.append(_checked(self._read(sequence, name)))
                 names.append(name)
             except BrokenFrame as error:
-                self._skip(sequence, name, str(error))
+                self._skip_frame(sequence, name, str(error))
         if not good:
             raise AllFramesSkipped(f"{self.name}: none of the {len(frames)} frames asked of '{sequence}' can be used")
         return self._stack(sequence, names, good)
 
-    def _skip(self, sequence: str, frame: str | None, reason: str) -> None:
+    def _skip_sequence(self, sequence: str, reason: str) -> None:
+        """For :meth:`_list`."""
+        self.skipped.append(Skipped(sequence, None, reason))
+
+    def _skip_frame(self, sequence: str, frame: str, reason: str) -> None:
         record = Skipped(sequence, frame, reason)
         if record not in self.skipped:
             self.skipped.append(record)
-            log.warning("%s: skipped %s: %s", self.name, " ".join(filter(None, (sequence, frame))), reason)
+            log.warning("%s: skipped %s %s: %s", self.name, sequence, frame, reason)
 
     def _once(self, key: Any, read: Callable[[], Any]) -> Any:
         """What ``read`` returns, kept: for files that many frames share."""
@@ -120,7 +128,7 @@ class FolderDataset(ABC):
             found = " and ".join(f"{height}x{width}" for height, width in sorted(sizes))
             raise ValueError(f"frames of '{sequence}' differ in size ({found}): load those of one size together")
         depth = torch.from_numpy(np.stack([frame.depth for frame in frames]).astype(np.float32))
-        valid = torch.isfinite(depth) & (depth > 0) & (depth < self.max_depth)
+        valid = (depth > 0) & (depth < self.max_depth)  # neither holds for NaN
         return Sample(
             images=torch.stack([_image_tensor(frame.image) for frame in frames]),
             depth=torch.where(valid, depth, 0),
@@ -132,9 +140,9 @@ class FolderDataset(ABC):
 
 
 def _checked(frame: Frame) -> Frame:
-    height, width = frame.depth.shape
-    if frame.image.shape != (height, width, 3):
-        raise BrokenFrame(f"the image is {frame.image.shape[0]}x{frame.image.shape[1]}, the depth {height}x{width}")
+    if frame.depth.ndim != 2 or frame.image.shape != (*frame.depth.shape, 3):
+        image, depth = ("x".join(map(str, array.shape)) for array in (frame.image, frame.depth))
+        raise BrokenFrame(f"the image is {image}, the depth {depth}")
     if not np.isfinite(frame.intrinsics).all():
         raise BrokenFrame("the intrinsics are not finite")
     if frame.extrinsics is not None and not np.isfinite(frame.extrinsics).all():

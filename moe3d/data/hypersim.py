@@ -54,7 +54,7 @@ class Hypersim(FolderDataset):
             reason = _unusable(matrices.get(scene))
             names = [f"frame.{number:04d}" for number in images if number in numbers]
             if names and reason:
-                self._skip(f"{scene}_{camera}", None, reason)
+                self._skip_sequence(f"{scene}_{camera}", reason)
             elif names:
                 self._rays[scene] = _rays_from_uv(matrices[scene])
                 sequences[f"{scene}_{camera}"] = names
@@ -155,7 +155,10 @@ def _matrix(row: dict[str, str], name: str, size: int) -> np.ndarray:
 def _trajectory(folder: Path) -> tuple[np.ndarray, ...]:
     """Frame numbers [N], positions [N, 3] in asset units and camera-to-world rotations [N, 3, 3] with OpenGL axes."""
     kinds = ("frame_indices", "positions", "orientations")
-    return tuple(read_hdf5(folder / f"camera_keyframe_{kind}.hdf5") for kind in kinds)
+    arrays = tuple(read_hdf5(folder / f"camera_keyframe_{kind}.hdf5") for kind in kinds)
+    if len({len(array) for array in arrays}) > 1:
+        raise BrokenFrame("camera_keyframe_frame_indices, positions and orientations differ in length")
+    return arrays
 
 
 def _metres_per_unit(path: Path) -> float:

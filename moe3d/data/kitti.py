@@ -66,12 +66,12 @@ class KITTI(FolderDataset):
     def _photographs(self, drive: Path) -> Path | None:
         date = drive.name[:10]
         if date not in CALIBRATION:
-            self._skip(drive.name, None, f"no calibration is known for '{date}'")
+            self._skip_sequence(drive.name, f"no calibration is known for '{date}'")
             return None
         for folder in (drive, self.root / date / drive.name):
             if (folder / "image_02" / "data").is_dir():
                 return folder / "image_02" / "data"
-        self._skip(drive.name, None, f"image_02/data is missing, both beside proj_depth and in {date}/{drive.name}")
+        self._skip_sequence(drive.name, f"image_02/data is missing, both beside proj_depth and in {date}/{drive.name}")
         return None
 
     def _read(self, sequence: str, name: str) -> Frame:

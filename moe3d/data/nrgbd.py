@@ -39,7 +39,7 @@ class NeuralRGBD(FolderDataset):
             images = numbered(scene / "images", r"img(\d+)\.png")
             missing = [name for name in ("poses.txt", "depth") if not (scene / name).exists()]
             if images and missing:
-                self._skip(scene.name, None, f"{missing[0]} is missing")
+                self._skip_sequence(scene.name, f"{missing[0]} is missing")
             elif images:
                 sequences[scene.name] = [Path(name).stem for name in images.values()]
         return sequences

@@ -36,7 +36,7 @@ class NYUv2(FolderDataset):
 
         splits = self.root / "splits.mat"
         if not splits.exists():
-            self._skip("nyuv2", None, "splits.mat is missing beside the labelled set")
+            self._skip_sequence("nyuv2", "splits.mat is missing beside the labelled set")
             return []
         return [f"{number:05d}" for number in sorted(loadmat(splits)[f"{self.split}Ndxs"].ravel().tolist())]
 

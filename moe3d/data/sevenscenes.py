@@ -44,7 +44,7 @@ class SevenScenes(FolderDataset):
                 sequence = f"{scene.name}_{folder.name}"
                 images = numbered(folder, r"frame-(\d+)\.color\.png")
                 if images and not any(folder.glob("*.depth.proj.png")):
-                    self._skip(sequence, None, "it has no frame-*.depth.proj.png")
+                    self._skip_sequence(sequence, "it has no frame-*.depth.proj.png")
                 elif images:
                     self._folders[sequence] = folder
                     sequences[sequence] = [name.removesuffix(".color.png") for name in images.values()]
@@ -59,7 +59,7 @@ class SevenScenes(FolderDataset):
             ]
             return [folder for folder in folders if folder.is_dir()]
         if any(scene.glob("seq-*")):
-            self._skip(scene.name, None, f"{table.name} is missing")
+            self._skip_sequence(scene.name, f"{table.name} is missing")
         return []
 
     def _read(self, sequence: str, name: str) -> Frame:

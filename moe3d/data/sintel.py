@@ -42,7 +42,7 @@ class Sintel(FolderDataset):
             images = numbered(folder, r"frame_(\d+)\.png")
             missing = [kind for kind in ("depth", "camdata_left") if not (training / kind / folder.name).is_dir()]
             if images and missing:
-                self._skip(folder.name, None, f"training/{missing[0]}/{folder.name} is missing")
+                self._skip_sequence(folder.name, f"training/{missing[0]}/{folder.name} is missing")
             elif images:
                 sequences[folder.name] = [Path(name).stem for name in images.values()]
         return sequences

@@ -46,7 +46,7 @@ class VirtualKITTI2(FolderDataset):
                 images = numbered(folder / "frames" / "rgb" / f"Camera_{camera}", r"rgb_(\d+)\.jpg")
                 missing = [name for name in ("extrinsic.txt", "intrinsic.txt") if not (folder / name).exists()]
                 if images and missing:
-                    self._skip(sequence, None, f"{missing[0]} is missing")
+                    self._skip_sequence(sequence, f"{missing[0]} is missing")
                 elif images:
                     self._folders[sequence] = folder, camera
                     sequences[sequence] = [Path(name).stem for name in images.values()]

@@ -300,3 +300,14 @@ def test_a_frame_may_be_asked_for_twice(roots):
     sample = opened(case, roots(case)).load(case.sequence, [case.frames[0]] * 2)
     assert sample.names == [case.frames[0]] * 2
     assert torch.equal(sample.depth[0], sample.depth[1])
+
+
+def test_sequences_left_out_for_one_reason_share_a_line(tmp_path, caplog):
+    case = CASES["nrgbd"]
+    for scene in ("whiteroom", "staircase"):
+        (case.written(tmp_path) / "kitchen").rename(tmp_path / scene)
+        (tmp_path / scene / "poses.txt").unlink()
+    dataset = opened(case, case.written(tmp_path))
+    assert list(dataset.sequences) == ["kitchen"]
+    assert [record.sequence for record in dataset.skipped] == ["staircase", "whiteroom"]
+    assert caplog.messages == ["nrgbd: left out 2 sequence(s), the first staircase: poses.txt is missing"]

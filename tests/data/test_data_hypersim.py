@@ -45,7 +45,7 @@ def test_tilted_lenses_are_left_out(root, entry, tilt, caplog):
     set_column(root / CAMERAS, **{entry: tilt})
     with pytest.raises(ValueError, match=r"no frames of the hypersim dataset .*\(skipped: a tilt-shift camera\)"):
         open_dataset("hypersim", root)
-    assert caplog.messages == ["hypersim: skipped ai_001_002_cam_01: a tilt-shift camera"]
+    assert caplog.messages == ["hypersim: left out 1 sequence(s), the first ai_001_002_cam_01: a tilt-shift camera"]
 
 
 def test_skewed_projections_are_left_out(root):
@@ -124,6 +124,14 @@ def test_frames_without_a_usable_pose_are_left_out(root, kind, change, reason):
     (skipped,) = dataset.skipped
     assert (skipped.sequence, skipped.frame) == (CASE.sequence, FRAMES[1])
     assert reason in skipped.reason
+
+
+def test_a_trajectory_that_is_cut_off_has_no_usable_frame(root):
+    set_dataset(root / f"{TRAJECTORY}positions.hdf5", lambda positions: positions[:2])
+    dataset = open_dataset("hypersim", root)
+    with pytest.raises(ValueError, match="none of the 3 frames"):
+        dataset.load(CASE.sequence, FRAMES)
+    assert all("differ in length" in skipped.reason for skipped in dataset.skipped)
 
 
 def test_a_scene_without_its_scale_has_no_usable_frame(root):

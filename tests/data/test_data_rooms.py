@@ -149,9 +149,13 @@ def test_nyuv2_files(tmp_path):
     with pytest.raises(ValueError, match="a folder of HDF5 files has no split 'train', expected 'test'"):
         open_dataset("nyuv2", root, "train")
     with h5py.File(root / FILES.depth, "a") as file:
-        del file["depth"]
+        depth = file.pop("depth")[()]
     dataset = open_dataset("nyuv2", root)
     assert dataset.load("nyuv2", ["00001", "00002"]).names == ["00001"]
+    with h5py.File(root / FILES.depth, "a") as file:
+        file["depth"] = depth[None]
+    assert dataset.load("nyuv2", ["00001", "00002"]).names == ["00001"]
+    assert dataset.skipped[1].reason == "the image is 48x64x3, the depth 1x48x64"
     (root / "train").mkdir()
     (root / "val" / "official" / "00001.h5").rename(root / "train" / "00002.h5")
     with pytest.raises(ValueError, match=r"two frames are named 00002, .* narrow the root"):
