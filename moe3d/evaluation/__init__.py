@@ -2,7 +2,7 @@
 
 A `Frame` puts a prediction on its ground truth's grid; each metric of an image reads a frame; `boundary_report` runs
 the whole boundary suite on one image, and the `aggregate_*` functions turn many images' reports into a dataset's. A
-`Cloud` is judged by `score_cloud`. `evaluate` takes a dataset, systems (prediction files or models) and a `Protocol`, and
+`Cloud` is judged by `score_cloud`. `evaluate` takes a dataset, systems (prediction files, models) and a `Protocol`, and
 returns the report.
 """
 

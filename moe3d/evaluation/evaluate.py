@@ -45,7 +45,7 @@ def evaluate(
     systems: Sequence[System],
     protocol: Protocol,
     observe: Observer = lambda badness, view: None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], object] = lambda: None,
 ) -> dict:
     """Judge systems on a dataset.
 
