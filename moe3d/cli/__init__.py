@@ -25,6 +25,7 @@ COMMANDS = {  # module of this folder -> what it does, for the list of commands 
     "demo": "run the shipped model on a real and on synthetic scenes, stock head beside MoE head, and write a report",
     "train": "fine-tune a mixture-of-experts depth head, or more of a model, on datasets with ground truth",
     "reconstruct": "turn photographs or a video into depth, cameras and point clouds, with the experts that made them",
+    "view": "look at reconstructions in the browser: points by colour, depth, expert, entropy or error",
     "eval": "judge depth, boundaries or point clouds against ground truth by published protocols, and write a report",
     "bench": "time the head on this machine: every backend against the stock head, each checked before it is timed",
     "info": "show versions, and which backends can run on this machine or why not",
