@@ -233,8 +233,8 @@ def _number(at_least: float, at_most: float = math.inf) -> Callable[[str], float
         with contextlib.suppress(ValueError):
             if at_least <= float(text) <= at_most and math.isfinite(float(text)):
                 return float(text)
-        limits = f"at least {at_least:g}" if at_most == math.inf else f"from {at_least:g} to {at_most:g}"
-        raise argparse.ArgumentTypeError(f"expected a number of {limits}, got {text!r}")
+        limits = f"of at least {at_least:g}" if at_most == math.inf else f"from {at_least:g} to {at_most:g}"
+        raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
 
     return number
 

@@ -39,7 +39,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0]})") from None
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is not a whole checkpoint ({reason})") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds {type(state).__name__}")
     return state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -86,7 +86,7 @@ class Trainer:
         validation: Validation | None = None,
         resume: bool = False,
     ) -> None:
-        self.accelerator = Accelerator(cpu=on_cpu(), gradient_accumulation_steps=options.accumulate)
+        self.accelerator = Accelerator(cpu=on_cpu())
         self.scenes, self.options, self.folder, self.validation = scenes, options, folder, validation
         self.supervised = supervised
         self.step = 0
@@ -158,17 +158,17 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         seen: list[dict[str, Tensor]] = []
-        for batch in shares:
-            with self.accelerator.accumulate(self.distributed):
+        for turn, batch in enumerate(shares, start=1):
+            # Not Accelerate's own accumulation: its count of turns is one for all trainers of a process.
+            with nullcontext() if turn == len(shares) else self.accelerator.no_sync(self.distributed):
                 losses = self.distributed(to_device(batch, self.accelerator.device), progress)
                 self._require_finite("loss", losses["total"], shares)
-                self.accelerator.backward(losses["total"].mean())
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.distributed.parameters(), self.options.clip)
-                    self._require_finite("gradient", torch.as_tensor(norm), shares)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.accelerator.backward(losses["total"].mean() / len(shares))
             seen.append(losses)
+        norm = self.accelerator.clip_grad_norm_(self.distributed.parameters(), self.options.clip)
+        self._require_finite("gradient", torch.as_tensor(norm), shares)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.step += 1
         if self.ema is not None:
             self.ema.update(self._learning())
