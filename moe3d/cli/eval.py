@@ -108,7 +108,16 @@ def _add_depth(add: Callable) -> None:
     )
 
 
-_ADD_PROTOCOL = {"mv": _add_multiview, "depth": _add_depth, "boundary": lambda add: None}
+def _add_boundary(add: Callable) -> None:
+    add(
+        "--per",
+        default="image",
+        choices=("image", "sequence"),
+        help="show models one image at a time or a sequence together (default: %(default)s)",
+    )
+
+
+_ADD_PROTOCOL = {"mv": _add_multiview, "depth": _add_depth, "boundary": _add_boundary}
 
 
 def _add_common_protocol(add: Callable, task: str) -> None:
@@ -125,7 +134,7 @@ def _add_common_protocol(add: Callable, task: str) -> None:
         metavar="T",
         help="drop predictions where depth varies by more than T, say 0.03, around them",
     )
-    what = "sequences" if task == "mv" else "images (sequences with --per sequence)" if task == "depth" else "images"
+    what = "sequences" if task == "mv" else "images (sequences with --per sequence)"
     add("--limit", type=_count, metavar="N", help=f"only the first N {what}")
 
 
@@ -186,7 +195,7 @@ def _evaluate(args: argparse.Namespace, dataset: Dataset, gallery: Gallery) -> d
     total = sum(1 for _ in protocol.batches(dataset))
     with tqdm(total=total, desc=f"{args.task} on {args.dataset}", disable=None, leave=False) as progress:
         report = evaluate(dataset, systems, protocol, gallery.offer, partial(progress.update, 1))
-    report["protocol"] |= {"root": args.root, "systems": descriptions, "command": f"moe3d eval {args.task}"}
+    report["protocol"] |= {"root": args.root, "systems": descriptions}
     return report | {"versions": _versions(), "commit": describe("cpu", _checkout())["commit"]}
 
 
@@ -194,7 +203,7 @@ def _choices(args: argparse.Namespace) -> dict:
     if args.task == "mv":
         sampling = args.sampling or default_sampling(args.dataset)
         return {"align": args.align, "sampling": sampling, "points": args.points}
-    return {"align": args.align, "per": args.per} if args.task == "depth" else {}
+    return {"align": args.align, "per": args.per} if args.task == "depth" else {"per": args.per}
 
 
 def _systems(args: argparse.Namespace) -> tuple[list[System], dict[str, str]]:

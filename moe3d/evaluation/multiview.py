@@ -134,7 +134,8 @@ def _pre_align(
     to_camera, to_true_camera = _motion(camera), _motion(truth.extrinsics[0])
     here, there = to_camera.apply(points), to_true_camera.apply(truth.points[kept])
     shift, true_shift = (np.array([0, 0, np.median(cloud[:, 2])]) for cloud in (here, there))
-    scale = _spread(there) / (_spread(here) or 1.0)
+    spread, true_spread = _spread(here), _spread(there)
+    scale = true_spread / spread if spread and true_spread else 1.0  # a point has none
     return scale, _inverse(to_true_camera).apply((here - shift) * scale + true_shift)
 
 

@@ -14,7 +14,7 @@ from moe3d.evaluation.sampling import sample_frames
 TASKS = ("mv", "depth", "boundary")
 CROPS = ("none", "eigen")
 EIGEN_SIZE, EIGEN_ROWS, EIGEN_COLUMNS = (480, 640), slice(45, 471), slice(41, 601)
-_UNREAD = {"mv": ("per",), "depth": ("sampling", "points"), "boundary": ("align", "per", "sampling", "points")}
+_UNREAD = {"mv": ("per",), "depth": ("sampling", "points"), "boundary": ("align", "sampling", "points")}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Protocol:
     align: str = "median"
     """depth: see ``fit_alignment``; mv: see ``score_sequence``. Boundary metrics align as each of them says."""
     per: str = "image"
-    """depth: "image" shows a model one image at a time and aligns each on its own; "sequence" shows it all frames of a
-    sequence together and fits one alignment to them."""
+    """depth and boundary: "image" shows a model one image at a time, "sequence" a sequence's frames together. Depth
+    is aligned likewise, one image on its own or a sequence's frames by one alignment."""
     sampling: str = "all"
     """mv: which frames, see ``sample_frames``."""
     points: str = "depth"
@@ -43,7 +43,7 @@ class Protocol:
     @property
     def together(self) -> bool:
         """Whether a sequence's frames are predicted together."""
-        return self.task == "mv" or (self.task == "depth" and self.per == "sequence")
+        return self.task == "mv" or self.per == "sequence"
 
     def batches(self, dataset: Dataset) -> Iterator[tuple[str, list[str]]]:
         """(sequence, the frames of it to load together)."""
