@@ -17,7 +17,7 @@ VENV_FLAGS :=
 PIP_FLAGS  := -c constraints.txt
 endif
 
-.PHONY: demo test test-real bench gpu native-sanitize lint docs clean
+.PHONY: demo test test-real test-export bench gpu native-sanitize lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
@@ -29,6 +29,10 @@ test: $(VENV)/.tools
 test-real: $(VENV)/.tools
 	$(PY) -m pip install -q $(PIP_FLAGS) huggingface_hub einops
 	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m real_vggt
+
+# The tests of exported models, with those that compile C++ for minutes.
+test-export: $(VENV)/.tools
+	MOE3D_COMPILE=1 $(VENV)/bin/pytest -q tests/export
 
 # Appends to bench/results/ and draws bench/results/*.svg anew.
 bench: $(VENV)/.tools
@@ -67,4 +71,5 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.tools: $(VENV)/.installed
 	$(PY) -m pip install -q $(PIP_FLAGS) '.[dev]'
+	$(PY) -m pip install -q $(PIP_FLAGS) --no-deps --ignore-requires-python depth-anything-3  # it would bring an old numpy
 	@touch $@

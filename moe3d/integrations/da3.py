@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moe3d.functional import moe_head
@@ -153,9 +154,15 @@ class PatchedDA3Head(nn.Module):
     def tail(self) -> MoEHead:
         return self.scratch.output_conv2
 
-    def forward(self, *args, **kwargs):
-        """See the stock head: features, H, W, ``patch_start_idx`` and ``chunk_size`` to a dictionary."""
-        return self.stock_class.forward(self, *args, **kwargs)
+    def forward(
+        self, feats: Sequence[Any], H: int, W: int, patch_start_idx: int, chunk_size: int | None = 8
+    ) -> dict[str, Tensor]:
+        """Pairs or lists whose first is a token tensor [B, S, patch_start_idx + P, dim], one for each level.
+
+        ``chunk_size`` frames at a time bound the memory; None = all at once, as in an exported graph.
+        """
+        chunk_size = None if torch.compiler.is_exporting() else chunk_size
+        return self.stock_class.forward(self, feats, H, W, patch_start_idx, chunk_size=chunk_size)
 
     def _forward_impl(self, feats: Sequence[Tensor], H: int, W: int, patch_start_idx: int) -> dict[str, Tensor]:
         """One chunk: token tensors [N, patch_start_idx + P, dim] to results with N frames in front."""
@@ -212,15 +219,15 @@ class PatchedDA3Head(nn.Module):
 
     def _sky(self, fused: Tensor, size: tuple[int, int], pos: tuple[Tensor, Tensor] | None) -> Tensor:
         """The sky's output block is a head of one expert without confidence, [N, H, W]."""
-        first, last = check_conv_block(self.scratch.sky_output_conv2)
+        first, _, last = self.scratch.sky_output_conv2
         output = moe_head(
             fused,
             size,
             pos=pos,
             expert_w1=first.weight[None],
-            expert_b1=first.bias[None],  # type: ignore[index]
+            expert_b1=first.bias[None],
             expert_w2=last.weight.flatten(1)[None],
-            expert_b2=last.bias[None],  # type: ignore[index]
+            expert_b2=last.bias[None],
             activation=_sky_activation(self),
             conf_activation=None,
             backend=self.tail.backend,

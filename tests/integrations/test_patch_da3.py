@@ -41,7 +41,7 @@ def assert_close_to_stock(patched, stock):
 # --- equal to stock, and back -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "channels"), zip(SIZES, (32, 64, 128, 128, 128), strict=True))
+@pytest.mark.parametrize(("name", "channels"), list(zip(SIZES, (32, 64, 128, 128, 128), strict=True)))
 def test_zero_noise_and_back_at_every_published_size(name, channels):
     head = da3.head(name)
     feats = da3.features(head, frames=2)
