@@ -26,9 +26,10 @@ test: $(VENV)/.tools
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist loadfile
 
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
+# VGGT=<checkout>:<StreamVGGT's checkout>/src runs those of its relatives that can be imported, too.
 test-real: $(VENV)/.tools
 	$(PY) -m pip install -q $(PIP_FLAGS) huggingface_hub einops
-	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m real_vggt
+	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m "real_vggt or relatives"
 
 # The tests of exported models, with those that compile C++ for minutes.
 test-export: $(VENV)/.tools
