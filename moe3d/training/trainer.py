@@ -165,8 +165,8 @@ class Trainer:
                 self._require_finite("loss", losses["total"], shares)
                 self.accelerator.backward(losses["total"].mean() / len(shares))
             seen.append(losses)
-        norm = self.accelerator.clip_grad_norm_(self.distributed.parameters(), self.options.clip)
-        self._require_finite("gradient", torch.as_tensor(norm), shares)
+        norm = _whole(self.accelerator.clip_grad_norm_(self.distributed.parameters(), self.options.clip))
+        self._require_finite("gradient", norm, shares)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

@@ -15,7 +15,7 @@ from moe3d.training.features import CachedScenes, read_batches
 from moe3d.training.recipes import BEST, PAPER, RECIPES
 from moe3d.training.trainer import CHECKPOINT, Trainer, TrainOptions, warm_up_cosine
 from moe3d.training.validate import Validation
-from support.training import first_gradients, process, trainer
+from support.training import first_gradients, process, stop_after, trainer
 
 OPTIONS = TrainOptions(steps=6, learning_rate=3e-3, save_every=1, log_every=1, validate_every=3)
 RECIPE = replace(PAPER, gate_hidden=8, camera_weight=0)
@@ -45,24 +45,12 @@ def test_training_reduces_the_loss_of_every_recipe(tiny_weights, cache, name):
     assert loss() < before - 0.1 * abs(before)
 
 
-def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(tiny_weights, cache, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(tiny_weights, cache, tmp_path):
     options = replace(OPTIONS, ema=0.8)
     whole = trainer(tiny_weights, cache, options, RECIPE, tmp_path / "whole")
     whole.train()
 
-    class Stopped(Exception):
-        pass
-
-    take_step = Trainer._take_step
-
-    def stop_at_four(self, shares):
-        if self.step == 4:
-            raise Stopped
-        return take_step(self, shares)
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Trainer, "_take_step", stop_at_four)
-        trainer(tiny_weights, cache, options, RECIPE, tmp_path / "parts").train()
+    stop_after(trainer(tiny_weights, cache, options, RECIPE, tmp_path / "parts"), 4)
     resumed = trainer(tiny_weights, cache, options, RECIPE, tmp_path / "parts", resume=True)
     assert resumed.step == 4
     resumed.train()
@@ -129,8 +117,8 @@ def test_accumulated_batches_are_one_large_batch(tiny_weights, cache):
         torch.testing.assert_close(gradients[1][name], value, rtol=1e-3, atol=1e-3 * value.abs().max().item())
 
 
-def test_two_processes_are_one_with_the_doubled_batch(tiny_weights, cache, tmp_path):
-    options = replace(OPTIONS, steps=2, batch=1)
+def test_two_processes_with_whole_or_sharded_weights_are_one_with_the_doubled_batch(tiny_weights, cache, tmp_path):
+    options = replace(OPTIONS, steps=2, batch=1, ema=0.5)
     arguments = (tiny_weights, cache, options, RECIPE)
     multiprocessing.spawn(process, (2, str(tmp_path), arguments), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -139,6 +127,8 @@ def test_two_processes_are_one_with_the_doubled_batch(tiny_weights, cache, tmp_p
     start = weights(single)
     gradients = first_gradients(single)
     single.train()
+    sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
+    assert_equal(sharded["weights"], sharded["resumed"])
     assert_equal(ranks[0]["gradients"], ranks[1]["gradients"])
     assert gradients.keys() == {name.removeprefix("module.") for name in ranks[0]["gradients"]}
     for name, value in gradients.items():
@@ -147,8 +137,9 @@ def test_two_processes_are_one_with_the_doubled_batch(tiny_weights, cache, tmp_p
         moved = (value - start[name]).abs().max().item()
         assert moved > 0, name
         # Adam divides by the gradient's size, so a gradient near zero turns rounding into a part of a step.
-        difference = (ranks[0]["weights"][name] - value).abs()
-        assert difference.max() < 0.1 * moved and difference.mean() < 1e-3 * moved, name
+        for several in (ranks[0], sharded):
+            difference = (several["weights"][name] - value).abs()
+            assert difference.max() < 0.1 * moved and difference.mean() < 1e-3 * moved, name
 
 
 def test_the_average_is_what_is_kept(tiny_weights, cache):
