@@ -37,6 +37,7 @@ TASKS = {
 }
 MULTI_VIEW = ("nrgbd", "7scenes", "synthetic", "hypersim", "vkitti2")
 PACKAGES = ("torch", "numpy", "scipy", "scikit-image")
+MINI = "mini"
 MOE, STOCK, FILES = "moe", "stock", "predictions"
 
 
@@ -57,10 +58,9 @@ def _add_subject(command: argparse.ArgumentParser, datasets) -> None:
     judged = command.add_mutually_exclusive_group()
     judged.add_argument(
         "--model",
-        default="mini",
         metavar="NAME",
-        help="'mini', a name on the Hugging Face hub as facebook/VGGT-1B, or a path (default: %(default)s); with a MoE "
-        "head the stock one is judged beside it",
+        help="'mini', a name on the Hugging Face hub as facebook/VGGT-1B, or a path (default: mini); with a MoE head "
+        "the stock one is judged beside it",
     )
     judged.add_argument(
         "--predictions", metavar="DIR", help="judge DIR/<sequence>.npz of any system instead of a model"
@@ -215,20 +215,21 @@ def _systems(args: argparse.Namespace) -> tuple[list[System], dict[str, str]]:
     descriptions = {name: f"predictions in {folder}" for name, folder in folders.items()}
     if args.predictions is not None:
         return list(files), descriptions
-    models = _models(args)
-    descriptions = {name: f"{args.model}, {what}" for name, (_, what) in models.items()} | descriptions
+    model = args.model or MINI
+    models = _models(model, args.head)
+    descriptions = {name: f"{model}, {what}" for name, (_, what) in models.items()} | descriptions
     device = "cuda" if torch.cuda.is_available() else "cpu"
     running = [ModelSystem(name, model.to(device), input_width(model)) for name, (model, _) in models.items()]
     return [*running, *files], descriptions
 
 
-def _models(args: argparse.Namespace) -> dict[str, tuple[torch.nn.Module, str]]:
+def _models(name: str, head: str | None) -> dict[str, tuple[torch.nn.Module, str]]:
     """Name -> model, what its depth head is."""
-    model = load_model(args.model, args.head)
+    model = load_model(name, head)
     if not patched_heads(model):
         return {STOCK: (model, "stock head")}
-    head = f"MoE head {args.head}" if args.head else "shipped MoE head"
-    return {MOE: (model, head), STOCK: (load_model(args.model, "stock"), "stock head")}
+    what = f"MoE head {head}" if head else "shipped MoE head"
+    return {MOE: (model, what), STOCK: (load_model(name, "stock"), "stock head")}
 
 
 def _versions() -> dict[str, str]:

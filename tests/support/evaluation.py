@@ -55,9 +55,8 @@ def perfect(sample: Sample, size: tuple[int, int] | None = None) -> Predictions:
         rows, columns = (np.arange(h) + 0.5) * height / h, (np.arange(w) + 0.5) * width / w
         depth = depth[:, rows.astype(int)][:, :, columns.astype(int)]
         intrinsics = scale_intrinsics(intrinsics, w / width, h / height)
-    return Predictions(
-        sample.names, *(t.double().numpy().copy() for t in (depth, intrinsics)), sample.extrinsics.double().numpy()
-    )
+    arrays = (tensor.double().numpy().copy() for tensor in (depth, intrinsics, sample.extrinsics))
+    return Predictions(sample.names, *arrays)
 
 
 def moved(predictions: Predictions, similarity: Similarity) -> Predictions:
