@@ -44,8 +44,10 @@ def set_trainable(model: nn.Module, part: str, cameras: bool) -> None:
 
     Args:
         part: "head" (the mixture), "decoder" (the depth head, and with ``cameras`` the camera head) or "all" (the
-            backbone, too). Heads that no loss reaches stay frozen.
+            backbone, too). Heads that no loss reaches stay frozen, and so does what the model itself holds fixed (DINOv2's
+            mask token in VGGT).
     """
+    fixed = [p for p in model.parameters() if not p.requires_grad]
     model.requires_grad_(False).eval()
     depth_head = patched_heads(model)["depth"]
     learning: list[nn.Module] = [depth_head.tail if part == "head" else depth_head]
@@ -55,6 +57,8 @@ def set_trainable(model: nn.Module, part: str, cameras: bool) -> None:
         learning.append(model.get_submodule("aggregator"))
     for module in learning:
         module.requires_grad_(True).train()
+    for parameter in fixed:
+        parameter.requires_grad_(False)
 
 
 class Supervised(nn.Module):
