@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +111,8 @@ class SceneClouds:
         self.num_experts = 0 if first.weights is None else len(first.weights)
         self.colors = self.clouds[0].colors
         self.middle_depth = float(np.median(first.depth[first.depth > 0]))
+        self.spacing = self.middle_depth / float(first.intrinsics[1, 1]) / part**0.5
+        """The distance of two neighbouring points in the middle of the scene."""
 
     @functools.cached_property
     def _confidences(self) -> np.ndarray:
@@ -174,7 +178,7 @@ def _errors(depth: np.ndarray, truth: np.ndarray) -> np.ndarray:
     if not frame.kept.any():
         return np.broadcast_to(INVALID, (*depth.shape, 3))
     scale = fit_alignment(depth[frame.kept], truth[frame.kept], "median").scale
-    return error_picture(depth * scale, truth, frame.kept)
+    return error_picture(depth * scale, np.where(frame.kept, truth, 1.0), frame.kept)
 
 
 class Viewer:
@@ -195,7 +199,8 @@ class Viewer:
         except ImportError:
             raise RuntimeError("the viewer needs viser: pip install 'moe3d[view]'") from None
         self._scenes = scenes
-        self.server = viser.ViserServer(host=host, port=port, label="moe3d", verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # a banner, even when it is told to be quiet
+            self.server = viser.ViserServer(host=host, port=port, label="moe3d", verbose=False)
         self.server.gui.configure_theme(show_logo=False, show_share_button=False, dark_mode=True)
         self.server.scene.set_up_direction("-y")
         self._panel()
@@ -216,12 +221,13 @@ class Viewer:
         self._color = gui.add_dropdown("Colour", first.colors)
         self._head = gui.add_dropdown("Depth of", HEADS, hint="the MoE head, or the stock head it was made from")
         self._confidence = gui.add_slider("Hide least confident %", 0, 100, 1, 25)
-        self._size = gui.add_slider("Point size", 0.1, 5.0, 0.1, 1.0)
+        self._size = gui.add_slider("Point size", 0.1, 5.0, 0.1, 1.5)
         self._cameras = gui.add_checkbox("Cameras", True)
         highest = float(np.log(max(experts, 2)))
         self._entropy = gui.add_slider("Entropy at most", 0.0, round(highest, 2), 0.01, round(highest, 2))
         with gui.add_folder("Experts", visible=experts > 0):
-            self._experts = [gui.add_checkbox(_expert_label(i, experts), True) for i in range(experts)]
+            gui.add_html(_legend(experts))
+            self._experts = [gui.add_checkbox(f"Expert {i + 1}", True) for i in range(experts)]
         self._count = gui.add_markdown("")
         controls: tuple[Any, ...] = (self._color, self._head, self._confidence, self._entropy, *self._experts)
         for control in controls:
@@ -274,9 +280,8 @@ class Viewer:
 
     def _resize_points(self) -> None:
         scene = self._current
-        pixel = scene.middle_depth * 2 * np.tan(scene.cameras[0].fov / 2) / 300  # about one of 300 rows
         for handle in self._handles:
-            handle.point_size = float(pixel * self._size.value)
+            handle.point_size = float(scene.spacing * self._size.value)
 
     def _show_cameras(self) -> None:
         for frustum in self._frusta:
@@ -287,7 +292,9 @@ class Viewer:
             f"/cameras/{index:06d}",
             fov=camera.fov,
             aspect=camera.aspect,
-            scale=0.08 * self._current.middle_depth,
+            scale=0.05 * self._current.middle_depth,
+            thickness=2,
+            thickness_units="screen",
             color=(250, 170, 60),
             image=camera.image,
             wxyz=camera.wxyz,
@@ -297,10 +304,12 @@ class Viewer:
     def _look_from_the_first_camera(self, scene: SceneClouds) -> None:
         """From a little behind it, above it and beside it, so that it is seen itself."""
         far = scene.middle_depth
-        self.server.initial_camera.position = (0.35 * far, -0.3 * far, -0.6 * far)
+        self.server.initial_camera.position = (0.25 * far, -0.2 * far, -0.25 * far)
         self.server.initial_camera.look_at = (0.0, 0.0, far)
 
 
-def _expert_label(index: int, count: int) -> str:
-    red, green, blue = expert_colors(count)[index]
-    return f"Expert {index + 1} (#{red:02x}{green:02x}{blue:02x})"
+def _legend(experts: int) -> str:
+    """A square of each expert's colour."""
+    square = '<span style="color: rgb({}, {}, {})">&#9632; {}</span>'
+    squares = (square.format(*color, number) for number, color in enumerate(expert_colors(experts), start=1))
+    return f'<div style="padding: 0 0.75em; font-size: 0.9em">{" ".join(squares)}</div>'
