@@ -17,18 +17,23 @@ VENV_FLAGS :=
 PIP_FLAGS  := -c constraints.txt
 endif
 
-.PHONY: demo test test-real bench gpu native-sanitize lint clean
+.PHONY: demo test test-real test-export bench gpu native-sanitize lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
 
 test: $(VENV)/.tools
-	$(VENV)/bin/pytest -q
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist loadfile
 
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
+# VGGT=<checkout>:<StreamVGGT's checkout>/src runs those of its relatives that can be imported, too.
 test-real: $(VENV)/.tools
 	$(PY) -m pip install -q $(PIP_FLAGS) huggingface_hub einops
-	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m real_vggt
+	PYTHONPATH=$(VGGT) MOE3D_NO_SKIPS=1 $(VENV)/bin/pytest -q -m "real_vggt or relatives"
+
+# The tests of exported models, with those that compile C++ for minutes.
+test-export: $(VENV)/.tools
+	MOE3D_COMPILE=1 $(VENV)/bin/pytest -q tests/export
 
 # Appends to bench/results/ and draws bench/results/*.svg anew.
 bench: $(VENV)/.tools
@@ -52,6 +57,9 @@ lint: $(VENV)/.tools
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+docs: $(VENV)/.tools
+	$(PY) -m mkdocs build
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo
 
@@ -64,4 +72,5 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.tools: $(VENV)/.installed
 	$(PY) -m pip install -q $(PIP_FLAGS) '.[dev]'
+	$(PY) -m pip install -q $(PIP_FLAGS) --no-deps --ignore-requires-python depth-anything-3  # it would bring an old numpy
 	@touch $@

@@ -16,11 +16,32 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `support`, whatever the im
 from support.backends import cannot_run, runners
 
 NO_SKIPS = "MOE3D_NO_SKIPS"  # set by `make test-real`
-_REAL_VGGT_SKIPS = pytest.StashKey[list]()
 
 
 def pytest_configure(config):
-    config.stash[_REAL_VGGT_SKIPS] = []
+    config.pluginmanager.register(RealVggtSkips(), "real-vggt-skips")
+
+
+class RealVggtSkips:
+    """Counts them from the reports, which reach this process from the workers of pytest-xdist, too."""
+
+    def __init__(self):
+        self.forbidden = os.environ.get(NO_SKIPS) == "1"
+        self.skipped: list[str] = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped and not hasattr(report, "wasxfail") and "real_vggt" in report.keywords:
+            self.skipped.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        if self.skipped and self.forbidden and exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if not self.skipped:
+            return
+        line = f"{len(self.skipped)} tests skipped because the real `vggt` package cannot be imported"
+        terminalreporter.write_line(line + (f", and {NO_SKIPS}=1 forbids that" if self.forbidden else ""))
 
 
 @functools.cache
@@ -35,29 +56,6 @@ def _why_no_real_vggt() -> str | None:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("real_vggt") is not None and _why_no_real_vggt():
         pytest.skip(_why_no_real_vggt())
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("real_vggt") is not None:
-        item.config.stash[_REAL_VGGT_SKIPS].append(item.nodeid)
-    return report
-
-
-def pytest_sessionfinish(session, exitstatus):
-    if session.config.stash[_REAL_VGGT_SKIPS] and os.environ.get(NO_SKIPS) == "1" and exitstatus == 0:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    skipped = config.stash[_REAL_VGGT_SKIPS]
-    if not skipped:
-        return
-    line = f"{len(skipped)} tests skipped because the real `vggt` package cannot be imported"
-    if os.environ.get(NO_SKIPS) == "1":
-        line += f", and {NO_SKIPS}=1 forbids that"
-    terminalreporter.write_line(line)
 
 
 @pytest.fixture(params=runners(), ids=str)

@@ -16,8 +16,9 @@ PACKAGE = Path(moe3d.__file__).parent
 # From the bottom to the top: a module may import those before it (and, inside a folder, its own neighbours).
 # ``cli`` and ``__main__`` are the top; ``__init__`` gathers the public names of what is light.
 LAYERS = [
-    "_version", "_checkout", "kernels", "_native", "_build", "eager", "position", "ops", "functional", "nn",
-    "integrations", "models", "geometry", "data", "losses", "evaluation", "training", "reconstruct", "viz", "benchmark", "cli", "__main__",
+    "_version", "_startup", "_checkout", "atomic", "kernels", "_native", "_build", "eager", "position", "ops",
+    "functional", "nn", "integrations", "models", "export", "geometry", "data", "losses", "evaluation", "reconstruct", "viz",
+    "training", "benchmark", "cli", "__main__",
 ]  # fmt: skip
 # Stricter than the order: what stands beside the head must not know it, and the head must not know them.
 ALLOWED = {
@@ -26,11 +27,12 @@ ALLOWED = {
     "ops": {"kernels", "_build", "_native", "eager", "position"},
     "functional": {"ops"},
     "nn": {"functional", "ops"},
-    "integrations": {"eager", "nn", "ops", "position"},
-    "models": {"integrations", "ops", "position"},
+    "integrations": {"atomic", "eager", "functional", "nn", "ops", "position"},
+    "models": {"atomic", "integrations", "ops", "position"},
+    "export": {"atomic", "ops"},
     "geometry": set(),
     "data": {"geometry"},
-    "evaluation": {"geometry"},
+    "evaluation": {"atomic", "data", "geometry"},
 }
 # Inside ops, in the same sense; backends stand between what they compute with and the registry that knows them.
 OPS_BASE = ["types", "activations", "mixture", "backend"]
@@ -105,7 +107,7 @@ def test_importing_the_package_is_light():
 def test_the_public_names():
     names = {name for name in vars(moe3d) if not name.startswith("_")}
     assert names >= {
-        "MoEHead", "MoEOutput", "backends", "load_head", "load_mini", "moe_head", "patch_vggt", "save_head",
-        "unpatch_vggt",
+        "MoEHead", "MoEOutput", "backends", "load_head", "load_mini", "moe_head", "patch", "patch_da3", "patch_vggt",
+        "save_head", "unpatch", "unpatch_da3", "unpatch_vggt",
     }  # fmt: skip
     assert all(getattr(moe3d, name).__doc__ for name in names)

@@ -59,5 +59,6 @@ def test_kernels_are_not_installed_under_a_name_of_their_own():
 
 
 def test_public_names_exist():
-    for name in ("patch_vggt", "unpatch_vggt", "save_head", "load_head", "load_mini", "MoEHead", "moe_head", "backends"):
+    names = ("patch_vggt", "unpatch_vggt", "save_head", "load_head", "load_mini", "MoEHead", "moe_head", "backends")
+    for name in names:
         assert callable(getattr(moe3d, name))

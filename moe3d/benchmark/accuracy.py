@@ -60,22 +60,22 @@ def _interpolation(source: int, target: int, like: Tensor) -> Tensor:
 
 def _true_frame(features: Tensor, w: Weights) -> Outputs:
     """Of one frame [C, H, W]; outputs with a batch of one."""
-    z = torch.stack([_block(features, *expert) for expert in w.experts])  # [K, O, H, W]
-    prediction, confidence = z[:, :-1].exp(), 1 + z[:, -1].exp()
+    blocks = [*w.experts, *([] if w.gate is None else [w.gate])]
+    # One convolution for all: PyTorch's in float64 spends most of its time on unfolding the features.
+    hidden = F.conv2d(features[None], torch.cat([b[0] for b in blocks]), torch.cat([b[1] for b in blocks]), padding=1)
+    parts = hidden[0].relu().split([len(b[1]) for b in blocks])
+    z = [torch.einsum("oc,chw->ohw", b[2], part) + b[3][:, None, None] for b, part in zip(blocks, parts, strict=True)]
+    experts = torch.stack(z[: len(w.experts)])  # [K, O, H, W]
+    prediction, confidence = experts[:, :-1].exp(), 1 + experts[:, -1].exp()
     if w.gate is None:
         return Outputs(prediction, confidence, None)
-    log_weights = _block(features, *w.gate).log_softmax(0)
+    log_weights = z[-1].log_softmax(0)
     mix = log_weights.exp()
     return Outputs(
         torch.einsum("khw,kohw->ohw", mix, prediction)[None],
         torch.einsum("khw,khw->hw", mix, confidence)[None],
         -(mix * log_weights).sum(0, keepdim=True),
     )
-
-
-def _block(features: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    hidden = F.conv2d(features[None], w1, b1, padding=1).relu()
-    return F.conv2d(hidden, w2[:, :, None, None], b2)[0]
 
 
 def error_of(results: Sequence[Tensor | None], truths: Sequence[Tensor | None]) -> Error:

@@ -18,10 +18,15 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from moe3d._startup import take_over
 from moe3d._version import __version__
 
 COMMANDS = {  # module of this folder -> what it does, for the list of commands and its own help
     "demo": "run the shipped model on a real and on synthetic scenes, stock head beside MoE head, and write a report",
+    "train": "fine-tune a mixture-of-experts depth head, or more of a model, on datasets with ground truth",
+    "reconstruct": "turn photographs or a video into depth, cameras and point clouds, with the experts that made them",
+    "view": "look at reconstructions in the browser: points by colour, depth, expert, entropy or error",
+    "eval": "judge depth, boundaries or point clouds against ground truth by published protocols, and write a report",
     "bench": "time the head on this machine: every backend against the stock head, each checked before it is timed",
     "info": "show versions, and which backends can run on this machine or why not",
 }
@@ -46,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _be_lenient_with_output()
         with _termination_unwinds():
             args = _parse(sys.argv[1:] if argv is None else list(argv))
+            take_over()
             args.run(args)
             sys.stdout.flush()
         return DONE

@@ -6,13 +6,14 @@ files are scikit-image's (``skimage.data.stereo_motorcycle``), the benchmark's a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from os import PathLike
 
 import numpy as np
 import torch
 
-from moe3d.data.sample import Sample, check_frames
+from moe3d.data.sample import Sample, Skipped, check_frames
 from moe3d.geometry import scale_intrinsics
 
 # The benchmark's calibration of Motorcycle at its full size, 2000x2964, in pixels and metres.
@@ -34,12 +35,16 @@ class Motorcycle:
         ValueError: if a root or a split is given: the pair ships with scikit-image and has one part.
     """
 
+    has_poses = True
+    max_depth = math.inf
+
     def __init__(self, root: str | PathLike[str] | None = None, split: str | None = None) -> None:
         if root is not None:
             raise ValueError(f"the motorcycle dataset ships with scikit-image and takes no root, got '{root}'")
         if split is not None:
             raise ValueError(f"the motorcycle dataset has no splits, got '{split}'")
         self.sequences = {"motorcycle": ["left", "right"]}
+        self.skipped: list[Skipped] = []
 
     def load(self, sequence: str, frames: Sequence[str]) -> Sample:
         """The named frames."""
@@ -48,13 +53,14 @@ class Motorcycle:
         images, disparity = _read()
         intrinsics = _intrinsics()
         offset = intrinsics[1, 0, 2] - intrinsics[0, 0, 2]
-        valid = torch.isfinite(disparity) & (disparity + offset > 0)
-        depth = torch.where(valid, BASELINE * intrinsics[0, 0, 0] / (disparity + offset), 0)
+        depth = (BASELINE * intrinsics[0, 0, 0] / (disparity + offset)).float()
+        valid = torch.isfinite(disparity) & (depth > 0) & (depth < self.max_depth)
+        depth = torch.where(valid, depth, 0)
         extrinsics = torch.eye(3, 4).repeat(2, 1, 1)
         extrinsics[1, 0, 3] = -BASELINE
         return Sample(
             images=images[chosen],
-            depth=torch.stack([depth, torch.zeros_like(depth)])[chosen].float(),
+            depth=torch.stack([depth, torch.zeros_like(depth)])[chosen],
             valid=torch.stack([valid, torch.zeros_like(valid)])[chosen],
             intrinsics=intrinsics[chosen].float(),
             extrinsics=extrinsics[chosen],

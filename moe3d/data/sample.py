@@ -21,22 +21,43 @@ class Sample:
     """[S, H, W] bool."""
     intrinsics: Tensor
     """[S, 3, 3] float32 in pixels."""
-    extrinsics: Tensor
-    """[S, 3, 4] float32 world-to-camera, OpenCV axes, metres."""
+    extrinsics: Tensor | None
+    """[S, 3, 4] float32 world-to-camera, OpenCV axes, metres; ``None`` for a dataset without poses."""
     names: list[str]
     """The S frame names."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A frame, or a whole sequence, that a dataset leaves out."""
+
+    sequence: str
+    frame: str | None
+    """``None``: the whole sequence."""
+    reason: str
+
+
+class AllFramesSkipped(ValueError):
+    """Every frame that was asked for is broken."""
 
 
 class Dataset(Protocol):
     """What :func:`moe3d.data.open_dataset` returns."""
 
+    has_poses: bool
+    """Whether samples have extrinsics; without them frames can only be judged one by one."""
+    max_depth: float
+    """Metres; depth is valid strictly below it. The default is the dataset's usual protocol; it may be set."""
+    skipped: list[Skipped]
+    """What has been left out so far, each with its reason; grows as broken frames are met."""
+
     @property
     def sequences(self) -> dict[str, list[str]]:
-        """Sequence name -> its frame names, in order."""
+        """Sequence name -> its frame names, in order, among them frames that turn out to be broken."""
         ...
 
     def load(self, sequence: str, frames: Sequence[str]) -> Sample:
-        """The named frames of one sequence, in the order asked for."""
+        """The named frames of one sequence, in the order asked for; broken ones are left out (see ``skipped``)."""
         ...
 
 

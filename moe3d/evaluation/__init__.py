@@ -1,7 +1,9 @@
-"""Metrics of depth, boundaries and flying points.
+"""Metrics of depth, boundaries, flying points and point clouds, and datasets evaluated with them.
 
-A `Frame` puts a prediction on its ground truth's grid; each metric reads a frame; `boundary_report` runs the whole
-boundary suite on one image, and the `aggregate_*` functions turn many images' reports into a dataset's.
+A `Frame` puts a prediction on its ground truth's grid; each metric of an image reads a frame; `boundary_report` runs
+the whole boundary suite on one image, and the `aggregate_*` functions turn many images' reports into a dataset's. A
+`Cloud` is judged by `score_cloud`. `evaluate` takes a dataset, systems (prediction files, models) and a `Protocol`, and
+returns the report.
 """
 
 from moe3d.evaluation.alignment import Alignment as Alignment
@@ -21,6 +23,8 @@ from moe3d.evaluation.depth import aggregate_depth as aggregate_depth
 from moe3d.evaluation.depth import depth_errors as depth_errors
 from moe3d.evaluation.depth import depth_metrics as depth_metrics
 from moe3d.evaluation.edge_filter import survives_edge_filter as survives_edge_filter
+from moe3d.evaluation.evaluate import FrameView as FrameView
+from moe3d.evaluation.evaluate import evaluate as evaluate
 from moe3d.evaluation.flying import FlyingPoints as FlyingPoints
 from moe3d.evaluation.flying import flying_points as flying_points
 from moe3d.evaluation.flying import flying_rate_interval as flying_rate_interval
@@ -28,5 +32,22 @@ from moe3d.evaluation.flying import flying_sweep as flying_sweep
 from moe3d.evaluation.frame import Frame as Frame
 from moe3d.evaluation.frame import resize_bilinear as resize_bilinear
 from moe3d.evaluation.frame import resize_nearest as resize_nearest
+from moe3d.evaluation.judge import View as View
+from moe3d.evaluation.multiview import score_sequence as score_sequence
+from moe3d.evaluation.multiview import truth_on_grid as truth_on_grid
+from moe3d.evaluation.points import Cloud as Cloud
+from moe3d.evaluation.points import estimate_normals as estimate_normals
+from moe3d.evaluation.points import fit_similarity as fit_similarity
+from moe3d.evaluation.points import icp as icp
+from moe3d.evaluation.points import score_cloud as score_cloud
+from moe3d.evaluation.predictions import Predictions as Predictions
+from moe3d.evaluation.predictions import prediction_path as prediction_path
+from moe3d.evaluation.predictions import read_predictions as read_predictions
+from moe3d.evaluation.predictions import write_predictions as write_predictions
+from moe3d.evaluation.protocol import Protocol as Protocol
 from moe3d.evaluation.report import aggregate_boundary as aggregate_boundary
 from moe3d.evaluation.report import boundary_report as boundary_report
+from moe3d.evaluation.sampling import default_sampling as default_sampling
+from moe3d.evaluation.sampling import sample_frames as sample_frames
+from moe3d.evaluation.systems import FileSystem as FileSystem
+from moe3d.evaluation.systems import ModelSystem as ModelSystem

@@ -66,3 +66,4 @@ def _none(prediction, truth) -> Alignment:
 
 
 _FITS = {"median": _median, "scale-l1": _scale_l1, "scale-shift": _scale_shift, "none": _none}
+METHODS = tuple(_FITS)

@@ -48,9 +48,9 @@ def depth_metrics(frame: Frame, align: str | Alignment = "median") -> dict[str, 
         `pixels` (kept) and `valid_pixels`.
     """
     prediction, truth = frame.prediction[frame.kept], frame.truth[frame.kept]
-    if truth.size and isinstance(align, str):
-        align = fit_alignment(prediction, truth, align)
-    aligned = align.apply(prediction) if truth.size else prediction
+    if isinstance(align, str):
+        align = fit_alignment(prediction, truth, align) if truth.size else Alignment()
+    aligned = align.apply(prediction)
     return {
         **depth_errors(aligned, truth),
         "nonfinite": frame.nonfinite,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def aggregate_sweeps(sweeps: Sequence[list[dict]]) -> list[dict[str, float | int
     ]
 
 
-def default_entry(sweep: list[dict]) -> dict[str, float | int | None]:
+def default_entry(sweep: list[dict]) -> dict[str, Any]:
     """The entry of a sweep that the headline rate reports: eta 0.05, beta 0.2."""
     return next(entry for entry in sweep if (entry["eta"], entry["beta"]) == (DEFAULT_ETA, DEFAULT_BETA))
 
@@ -96,11 +97,11 @@ def flying_rate_interval(
     totals: dict[Hashable, np.ndarray] = {}
     for scene, *counts in zip(scenes, flying, boundary, strict=True):
         totals[scene] = totals.get(scene, 0) + np.array(counts)
-    counts = np.array([total for total in totals.values() if total[1]])
-    if len(counts) < 2:
+    per_scene = np.array([total for total in totals.values() if total[1]])
+    if len(per_scene) < 2:
         return None
-    draws = np.random.default_rng(seed).integers(len(counts), size=(BOOTSTRAP_SAMPLES, len(counts)))
-    drawn_flying, drawn_boundary = counts[draws].sum(axis=1).T
+    draws = np.random.default_rng(seed).integers(len(per_scene), size=(BOOTSTRAP_SAMPLES, len(per_scene)))
+    drawn_flying, drawn_boundary = per_scene[draws].sum(axis=1).T
     tail = (1 - BOOTSTRAP_LEVEL) / 2
     return np.quantile(drawn_flying / drawn_boundary, [tail, 1 - tail]).tolist()
 

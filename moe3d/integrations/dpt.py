@@ -65,17 +65,16 @@ class PatchedDPTHead(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Token tensors [B, S, patch_start_idx + P, dim] of the backbone's layers and images [B, S, 3, H, W].
 
-        ``frames_chunk_size`` frames at a time bound the memory; None = all at once.
+        ``frames_chunk_size`` frames at a time bound the memory; None = all at once. An exported graph takes any number
+        of frames, which a loop over chunks would fix, and so all at once.
         """
-        frames = images.shape[1]
         if frames_chunk_size is not None and frames_chunk_size < 1:
             raise ValueError(f"frames_chunk_size must be None or an integer of at least 1, got {frames_chunk_size!r}")
-        step = frames if frames_chunk_size is None else min(frames_chunk_size, frames)
-        chunks = [
-            self._forward_frames(aggregated_tokens_list, images, patch_start_idx, slice(start, start + step))
-            for start in range(0, frames, step)
-        ]
-        joined: list[Any] = [None if parts[0] is None else _join(parts) for parts in zip(*chunks, strict=True)]
+        parts = [slice(None)]
+        if frames_chunk_size is not None and not torch.compiler.is_exporting():
+            parts = [slice(i, i + frames_chunk_size) for i in range(0, images.shape[1], frames_chunk_size)]
+        chunks = [self._forward_frames(aggregated_tokens_list, images, patch_start_idx, part) for part in parts]
+        joined: list[Any] = [None if outputs[0] is None else _join(outputs) for outputs in zip(*chunks, strict=True)]
         output = MoEOutput(*joined)
         if _caller() in self.extras:
             self.extras[_caller()] = _extras(output)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from moe3d.integrations.vggt import HEADS, patch_vggt, patched_heads, unpatch_vggt
+from moe3d.atomic import whole_file
+from moe3d.integrations.kinds import Kind, kind_of, patched_heads
+from moe3d.integrations.vggt import HEADS
 
 FORMAT = "moe3d-head"
 FORMAT_VERSION = 1
 
-_CONFIG = (  # patch_vggt's arguments that belong to a trained head, rather than to the machine it runs on
+_CONFIG = (  # patch's arguments that belong to a trained head, rather than to the machine it runs on
     "num_experts", "gate_hidden", "init_noise", "temperature", "mode", "gap", "seed",
 )  # fmt: skip
 
@@ -39,13 +41,9 @@ def save_head(model: nn.Module, path: str | os.PathLike) -> None:
         for key, value in head.tail.state_dict().items()
     }
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "heads": json.dumps(config)}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(save(tensors, metadata=metadata))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata["kind"] = kind_of(model).name
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(save(tensors, metadata=metadata))
 
 
 def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -61,18 +59,21 @@ def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         ValueError: the file is no head file, is damaged, or does not fit the model (or the configuration with which it
             is already patched); the model is then left bit for bit as it was.
     """
-    config, tensors = _read(Path(path))
-    patched = patched_heads(model)
+    config, tensors, trained_for = _read(Path(path))
+    kind = kind_of(model)
+    if kind.name != trained_for:
+        raise ValueError(f"{path} holds heads for a model of kind {trained_for!r}, but the model is {kind.name!r}")
+    patched = kind.patched_heads(model)
     if patched:
-        _check_same_configuration(path, config, patched)
+        _check_same_configuration(path, config, patched, kind)
         _load(path, patched, tensors)
         return model
     _check_sizes(path, config, tensors)
     try:
-        _patch(model, path, config)
-        _load(path, patched_heads(model), tensors)
+        _patch(model, path, config, kind)
+        _load(path, kind.patched_heads(model), tensors)
     except BaseException:
-        unpatch_vggt(model)
+        kind.unpatch(model)
         raise
     return model
 
@@ -81,8 +82,8 @@ def _config(tail) -> dict:
     return {key: getattr(tail, key) for key in _CONFIG} | {"image_gate": tail.image_gate is not None}
 
 
-def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
-    """The file's configuration by head, and its tensors by name."""
+def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor], str]:
+    """The file's configuration by head, its tensors by name, and the kind of model (the first files do not say)."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -104,7 +105,7 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor]]:
         valid = False
     if not valid:
         raise ValueError(f"{path} holds no valid head configuration in its metadata")
-    return config, tensors
+    return config, tensors, metadata.get("kind", "vggt")
 
 
 def _check_sizes(path, config: dict[str, dict], tensors: dict[str, Tensor]) -> None:
@@ -117,19 +118,19 @@ def _check_sizes(path, config: dict[str, dict], tensors: dict[str, Tensor]) -> N
                 raise ValueError(f"{path} holds no {name}.{key} for its configuration, {option}={options[option]!r}")
 
 
-def _patch(model: nn.Module, path, config: dict[str, dict]) -> None:
+def _patch(model: nn.Module, path, config: dict[str, dict], kind: Kind) -> None:
     try:
         for name, options in config.items():
-            patch_vggt(model, heads=(name,), **options)
+            kind.patch_head(model, name, **options)
     except TypeError as error:
         raise ValueError(f"{path} holds no valid head configuration in its metadata ({error})") from None
 
 
-def _check_same_configuration(path, config: dict, patched: dict) -> None:
+def _check_same_configuration(path, config: dict, patched: dict, kind: Kind) -> None:
     here = {name: _structure(_config(head.tail)) for name, head in patched.items()}
     there = {name: _structure(options) for name, options in config.items()}
     if here != there:
-        raise ValueError(f"{path} holds heads {there}, but the model has {here}: call unpatch_vggt(model) first")
+        raise ValueError(f"{path} holds heads {there}, but the model has {here}: call unpatch_{kind.name}(model) first")
 
 
 def _structure(config: dict) -> dict:

@@ -130,7 +130,8 @@ def _add_extras(model: nn.Module, args, predictions):
     for name, head in patched_heads(model).items():
         extras = head.take_extras()
         if isinstance(predictions, dict):
-            predictions.update({f"{name}_{key}": value for key, value in extras.items()})
+            for key, value in extras.items():  # one by one: StreamVGGT's ModelOutput forbids ``update``
+                predictions[f"{name}_{key}"] = value
     return predictions
 
 

@@ -1,6 +1,8 @@
-"""MiniVGGT, the embedded small model with VGGT's interface."""
+"""MiniVGGT, the embedded small model with VGGT's interface, and one way to load any model by name."""
 
 from moe3d.models.checkpoint import load_mini as load_mini
 from moe3d.models.checkpoint import save_mini as save_mini
 from moe3d.models.dpt import DPTHead as DPTHead
+from moe3d.models.load import input_width as input_width
+from moe3d.models.load import load_model as load_model
 from moe3d.models.mini import MiniVGGT as MiniVGGT

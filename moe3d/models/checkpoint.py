@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe3d.atomic import whole_file
 from moe3d.models.mini import MiniVGGT
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -20,8 +22,8 @@ def save_mini(model: MiniVGGT, path: str | os.PathLike[str]) -> None:
     The file appears under ``path`` only when it is whole.
 
     Raises:
-        ValueError: the model's state is not that of a plain MiniVGGT (a patched head is saved by ``save_head``), or a weight
-            is not finite in fp16.
+        ValueError: the model's state is not that of a plain MiniVGGT (a patched head is saved by ``save_head``), or a
+            weight is not finite in fp16.
         OSError: ``path`` cannot be written.
     """
     from safetensors.torch import save
@@ -35,13 +37,8 @@ def save_mini(model: MiniVGGT, path: str | os.PathLike[str]) -> None:
         if not tensor.isfinite().all():
             raise ValueError(f"model has a weight that is not finite in float16: {name}")
 
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_bytes(save(state, metadata={"model": "MiniVGGT", "config": json.dumps(model.config)}))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_mini(head: str = "single", path: str | os.PathLike[str] | None = None) -> MiniVGGT:
@@ -91,7 +88,7 @@ def _read(path: Path) -> MiniVGGT:
     return model
 
 
-def _blank(config: dict[str, int | bool]) -> MiniVGGT:
+def _blank(config: dict[str, Any]) -> MiniVGGT:
     """A model without storage: costs no time and leaves the global random state alone."""
     with torch.device("meta"):
         return MiniVGGT(**config)

@@ -1,13 +1,14 @@
 """The DPT depth head of VGGT, written anew with the same attribute names, state-dict keys and arithmetic.
 
 A state dict moves between this head and ``vggt.heads.dpt_head.DPTHead`` in either direction, and both give the same
-output. Sources: Ranftl et al., "Vision Transformers for Dense Prediction" (arXiv 2103.13413); Wang et al., "VGGT: Visual
-Geometry Grounded Transformer" (arXiv 2503.11651).
+output. Sources: Ranftl et al., "Vision Transformers for Dense Prediction" (arXiv 2103.13413); Wang et al., "VGGT:
+Visual Geometry Grounded Transformer" (arXiv 2503.11651).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
 from moe3d.position import position_map, position_tables
 
-# F.interpolate has addressed its output with 32-bit integers; larger outputs are computed a part of the batch at a time.
+# F.interpolate has addressed its output with 32-bit integers; larger outputs are computed part by part of the batch.
 _MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
 
 
@@ -128,8 +129,8 @@ class DPTHead(nn.Module):
             frames_chunk_size: frames computed at a time, to bound memory; None for all.
 
         Returns:
-            Prediction [B, S, H, W, output_dim - 1] and confidence [B, S, H, W]; or, of a ``feature_only`` head, features
-            [B, S, features, H / down_ratio, W / down_ratio].
+            Prediction [B, S, H, W, output_dim - 1] and confidence [B, S, H, W]; or, of a ``feature_only`` head,
+            features [B, S, features, H / down_ratio, W / down_ratio].
 
         Raises:
             ValueError: ``frames_chunk_size`` is not positive.
@@ -139,13 +140,13 @@ class DPTHead(nn.Module):
             return self._forward_impl(aggregated_tokens_list, images, patch_start_idx)
         if frames_chunk_size < 1:
             raise ValueError(f"frames_chunk_size must be a positive integer or None, got {frames_chunk_size}")
-        chunks = [
+        chunks: list[Any] = [
             self._forward_impl(aggregated_tokens_list, images, patch_start_idx, start, start + frames_chunk_size)
             for start in range(0, frames, frames_chunk_size)
         ]
         if self.feature_only:
             return torch.cat(chunks, dim=1)
-        predictions, confidences = zip(*chunks)
+        predictions, confidences = zip(*chunks, strict=True)
         return torch.cat(predictions, dim=1), torch.cat(confidences, dim=1)
 
     def _forward_impl(
@@ -161,7 +162,7 @@ class DPTHead(nn.Module):
         grid = (height // self.patch_size, width // self.patch_size)
 
         features = []
-        for layer, project, resize in zip(self.intermediate_layer_idx, self.projects, self.resize_layers):
+        for layer, project, resize in zip(self.intermediate_layer_idx, self.projects, self.resize_layers, strict=True):
             tokens = aggregated_tokens_list[layer][:, chunk, patch_start_idx:].flatten(0, 1)
             x = project(self.norm(tokens).transpose(1, 2).unflatten(2, grid))
             if self.pos_embed:
@@ -175,15 +176,17 @@ class DPTHead(nn.Module):
         if self.feature_only:
             return x.unflatten(0, (batch, frames))
 
-        y = self.scratch.output_conv2(x)
+        scratch: Any = self.scratch
+        y = scratch.output_conv2(x)
         prediction = ACTIVATIONS[self.activation].forward(y[:, :-1]).movedim(1, -1)
         confidence = CONF_ACTIVATIONS[self.conf_activation].forward(y[:, -1])
         return prediction.unflatten(0, (batch, frames)), confidence.unflatten(0, (batch, frames))
 
     def scratch_forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Fuse the four layers' features, finest first, into [N, features // 2, h, w] (``feature_only``: all channels)."""
-        s = self.scratch
-        x1, x2, x3, x4 = (conv(x) for conv, x in zip((s.layer1_rn, s.layer2_rn, s.layer3_rn, s.layer4_rn), features))
+        """Fuse the four layers' features, finest first, into [N, features // 2, h, w] (``feature_only``: features)."""
+        s: Any = self.scratch
+        layers = (s.layer1_rn, s.layer2_rn, s.layer3_rn, s.layer4_rn)
+        x1, x2, x3, x4 = (conv(x) for conv, x in zip(layers, features, strict=True))
         x = s.refinenet4(x4, size=x3.shape[2:])
         x = s.refinenet3(x, x3, size=x2.shape[2:])
         x = s.refinenet2(x, x2, size=x1.shape[2:])
@@ -191,7 +194,7 @@ class DPTHead(nn.Module):
         return s.output_conv1(x)
 
     def _apply_pos_embed(self, x: Tensor, W: int, H: int) -> Tensor:
-        return x + position_map(*position_tables(x.shape[2:], x.shape[1], W / H, x))
+        return x + position_map(*position_tables((x.shape[2], x.shape[3]), x.shape[1], W / H, x))
 
 
 def _scratch(in_channels: Sequence[int], features: int, output_dim: int | None) -> nn.Module:

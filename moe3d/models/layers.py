@@ -45,11 +45,11 @@ class Block(nn.Module):
 
 
 def rotary_table(positions: Tensor, head_dim: int) -> Tensor:
-    """Cosines and sines of 2D rotary position encoding (Su et al., arXiv 2104.09864; one half of the channels per axis).
+    """Cosines and sines of 2D rotary position encoding (Su et al., arXiv 2104.09864; half of the channels per axis).
 
     Args:
-        positions: [N, 2], fp32, in units of the image's diagonal half-length, so that a table trained at one resolution serves
-            every other.
+        positions: [N, 2], fp32, in units of the image's diagonal half-length, so that a table trained at one resolution
+            serves every other.
         head_dim: channels per attention head, a multiple of 4.
 
     Returns:

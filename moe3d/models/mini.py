@@ -1,12 +1,14 @@
 """MiniVGGT: a small feed-forward 3D reconstruction network with VGGT's interface.
 
-Wang et al., "VGGT: Visual Geometry Grounded Transformer" (arXiv 2503.11651), describes the architecture that it follows:
-alternating frame-wise and global attention over patch tokens, camera and register tokens per frame, an iterative camera
-head and DPT heads. What differs is size, a convolutional stem in place of DINOv2, and positions that are normalised by the
-image's diagonal, because it is trained on small images from scratch and run on large ones.
+Wang et al., "VGGT: Visual Geometry Grounded Transformer" (arXiv 2503.11651), describes the architecture that it
+follows: alternating frame-wise and global attention over patch tokens, camera and register tokens per frame, an
+iterative camera head and DPT heads. What differs is size, a convolutional stem in place of DINOv2, and positions that
+are normalised by the image's diagonal, because it is trained on small images from scratch and run on large ones.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class Aggregator(nn.Module):
         everywhere = rotation.repeat(1, frames, 1)
 
         outputs = []
-        for frame_block, global_block in zip(self.frame_blocks, self.global_blocks):
+        for frame_block, global_block in zip(self.frame_blocks, self.global_blocks, strict=True):
             within = frame_block(tokens.flatten(0, 1), rotation).unflatten(0, (batch, frames))
             tokens = global_block(within.flatten(1, 2), everywhere).unflatten(1, (frames, -1))
             outputs.append(torch.cat([within, tokens], dim=-1))
@@ -69,7 +71,7 @@ class Aggregator(nn.Module):
         patches = self.patch_embed((images.flatten(0, 1) - 0.45) / 0.225)  # [B*S, C, h, w]
         _, channels, h, w = patches.shape
 
-        # The tables are the DPT head's, a tenth of a unit sinusoid; a stem that starts from nothing gets it at full strength.
+        # The tables are the DPT head's, a tenth of a unit sinusoid; a stem that starts from nothing gets it in full.
         position = 10 * position_map(*position_tables((h, w), channels, width / height, patches))
         patches = (patches + position).flatten(2).mT.unflatten(0, (batch, frames))
         tokens = torch.cat([self._special_tokens(batch, frames), patches], dim=2)
@@ -87,8 +89,8 @@ class Aggregator(nn.Module):
 class CameraHead(nn.Module):
     """Refines each frame's pose encoding from its camera token, attending across frames.
 
-    The pose encoding is VGGT's: translation (3), rotation as quaternion xyzw (4), vertical and horizontal field of view in
-    radians (2), of the world-to-camera transformation in OpenCV axes.
+    The pose encoding is VGGT's: translation (3), rotation as quaternion xyzw (4), vertical and horizontal field of view
+    in radians (2), of the world-to-camera transformation in OpenCV axes.
 
     Args:
         dim_in: channels of the tokens.
@@ -108,7 +110,7 @@ class CameraHead(nn.Module):
         self.trunk = nn.Sequential(*(Block(dim, num_heads) for _ in range(trunk_depth)))
         self.trunk_norm = nn.LayerNorm(dim)
         self.pose_branch = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 9))
-        # Refinement starts from a camera at the origin, about 57 degrees wide: the field of view is off its ReLU's kink.
+        # Refinement starts from a camera at the origin, 57 degrees wide: the field of view is off its ReLU's kink.
         self.initial_pose = nn.Parameter(torch.tensor([0.0, 0, 0, 0, 0, 0, 1, 1, 1]))
         self.apply(_init_weights)
 
@@ -116,7 +118,7 @@ class CameraHead(nn.Module):
         """The pose encodings [B, S, 9] after each iteration, the best one last."""
         tokens = self.token_proj(self.token_norm(aggregated_tokens_list[-1][:, :, 0]))
         pose = self.initial_pose.expand(*tokens.shape[:2], -1)
-        encodings = []
+        encodings: list[Tensor] = []
         for _ in range(num_iterations):
             # Each iteration learns to correct what it is given; no gradient flows through the earlier ones.
             given = pose if not encodings else pose.detach()
@@ -153,7 +155,7 @@ class MiniVGGT(nn.Module):
             "features": features,
             "enable_point": enable_point,
         }
-        dpt = {
+        dpt: dict[str, Any] = {
             "dim_in": 2 * embed_dim,
             "patch_size": PATCH_SIZE,
             "features": features,
@@ -174,9 +176,9 @@ class MiniVGGT(nn.Module):
 
         Returns:
             ``pose_enc`` [B, S, 9] (see :class:`CameraHead`) and ``pose_enc_list``, that of every iteration; ``depth``
-            [B, S, H, W, 1], planar, and ``depth_conf`` [B, S, H, W]; with a point head ``world_points`` [B, S, H, W, 3] and
-            ``world_points_conf`` [B, S, H, W]; in eval mode ``images`` [B, S, 3, H, W]. Lengths are in one unknown unit
-            per sequence.
+            [B, S, H, W, 1], planar, and ``depth_conf`` [B, S, H, W]; with a point head ``world_points``
+            [B, S, H, W, 3] and ``world_points_conf`` [B, S, H, W]; in eval mode ``images`` [B, S, 3, H, W]. Lengths are
+            in one unknown unit per sequence.
 
         Raises:
             ValueError: ``images`` has another shape.
@@ -216,7 +218,8 @@ def _init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv2d):
         # PyTorch's default would shrink the image's content to a tenth of the position embedding that is added to it.
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> None:

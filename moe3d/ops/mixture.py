@@ -63,12 +63,12 @@ def _times_log(weights: Tensor, log_weights: Tensor) -> Tensor:
 
 
 def _entropy(weights: Tensor, log_weights: Tensor) -> Tensor:
-    return _times_log(weights, log_weights).sum(1).neg().clamp(0, math.log(weights.shape[1]))
+    return _times_log(weights, log_weights).sum(1).neg().clamp(0.0, math.log(weights.shape[1]))
 
 
 def _one_hot(logits: Tensor, weights: Tensor) -> Tensor:
     """1 at the most probable expert (the first of equals), 0 elsewhere; a NaN gate must not look like a choice."""
-    one_hot = torch.zeros_like(weights).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+    one_hot = torch.zeros_like(weights).scatter(1, logits.argmax(1, keepdim=True), 1.0)
     return torch.where(weights.isnan(), weights, one_hot)
 
 

@@ -1,7 +1,7 @@
 """Layers of a DPT decoder in the compiled module: float32 maps on the CPU, channels last, no gradients.
 
-Every map is a contiguous tensor [N, h, w, C], with C a multiple of 16. A layer packs its weights once, from float64; its
-object may be kept and called by several threads. The numbers are those of the convolutions that it stands for, with
+Every map is a contiguous tensor [N, h, w, C], with C a multiple of 16. A layer packs its weights once, from float64; it
+may be kept and called by several threads. The numbers are those of the convolutions that it stands for, with
 interpolation at exact positions (see csrc/decoder.h).
 """
 
@@ -88,7 +88,7 @@ class Winograd:
 
 
 class Cells:
-    """A 3x3 convolution whose input has ``scale`` times the pixels, or whose output has fewer, as one matrix product."""
+    """A 3x3 convolution as a product with gathered pixels: of every ``stride``-th one, or of cells of ``scale`` squared."""
 
     def __init__(self, taps: Tensor, bias: Tensor, stride: int, scale: int):
         """taps [scale, scale, 3, 3, N, C] of each phase, bias [kinds, kinds, N]; see csrc/decoder.h."""
@@ -110,7 +110,7 @@ class Cells:
 
     @classmethod
     def after_transposed(cls, spread: Tensor, spread_bias: Tensor, weight: Tensor) -> Cells:
-        """A 3x3 convolution [N, M, 3, 3] without bias after a transposed one whose kernel is its stride: [C, M, s, s], [M].
+        """A 3x3 convolution [N, M, 3, 3] without bias after a transposed one whose kernel is its stride, [C, M, s, s].
 
         Along an axis, the s pixels of a cell meet s + 2 cells in all, where the convolution alone has 3 s taps.
         """

@@ -39,9 +39,14 @@ class ReferenceBackend(Backend):
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
         layers = _Layers.pack(tensors, compute_dtype(tensors.x.dtype, options.precision))
         with _convolution_arithmetic(tensors.x.device, options.precision):
-            frames = [_frame_forward(tensors, layers, options, b) for b in range(tensors.x.shape[0])]
+            frames = [_forward(tensors, layers, options, slice(b, b + 1)) for b in range(tensors.x.shape[0])]
         outputs: list[Any] = [None if parts[0] is None else torch.cat(parts) for parts in zip(*frames, strict=True)]
         return MoEOutput(*outputs)
+
+    def forward_at_once(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
+        """As :meth:`forward`, without a loop over frames: for a graph that is to take any number of them."""
+        layers = _Layers.pack(tensors, compute_dtype(tensors.x.dtype, options.precision))
+        return _forward(tensors, layers, options, slice(None))
 
     def backward(
         self, tensors: HeadTensors, options: HeadOptions, cotangents: MoEOutput, needs: HeadTensors
@@ -50,7 +55,7 @@ class ReferenceBackend(Backend):
         total = _Sums(tensors)
         with _convolution_arithmetic(tensors.x.device, options.precision, deterministic=True):
             for b in range(tensors.x.shape[0]):
-                _frame_backward(tensors, layers, options, cotangents, needs, b, total)
+                _backward(tensors, layers, options, cotangents, needs, slice(b, b + 1), total)
         return total.gradients(needs)
 
 
@@ -130,17 +135,17 @@ class _Layers(NamedTuple):
         )
 
 
-def _features(t: HeadTensors, options: HeadOptions, frame: int, dtype: torch.dtype) -> Tensor:
-    """F = upsample(x) + pos for one frame, [1, C, H, W]."""
-    x = t.x[frame : frame + 1].to(dtype)
+def _features(t: HeadTensors, options: HeadOptions, frames: slice, dtype: torch.dtype) -> Tensor:
+    """F = upsample(x) + pos for some frames, [n, C, H, W]."""
+    x = t.x[frames].to(dtype)
     size = (options.height, options.width)
     if x.shape[-2:] != size:
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
     return x if t.pos_x is None else x + position_map(t.pos_x, t.pos_y).to(dtype)
 
 
-def _second_layer(hidden: Tensor, layers: _Layers, t: HeadTensors, frame: int) -> tuple[Tensor, Tensor | None]:
-    """The experts' outputs z [1, K, O, H, W] and the gate's logits [1, K, H, W], in the outputs' dtype."""
+def _second_layer(hidden: Tensor, layers: _Layers, t: HeadTensors, frames: slice) -> tuple[Tensor, Tensor | None]:
+    """The experts' outputs z [n, K, O, H, W] and the gate's logits [n, K, H, W], in the outputs' dtype."""
     wide = output_dtype(t.x.dtype)
     z = F.conv2d(hidden[:, : layers.expert_width], layers.expert_w2, layers.expert_b2, groups=layers.experts)
     z = z.unflatten(1, (layers.experts, -1)).to(wide)
@@ -148,18 +153,18 @@ def _second_layer(hidden: Tensor, layers: _Layers, t: HeadTensors, frame: int) -
         return z, None
     logits = F.conv2d(hidden[:, layers.expert_width :], layers.gate_w2, layers.gate_b2).to(wide)
     if t.gate_logits is not None:
-        logits = logits + t.gate_logits[frame : frame + 1].to(wide)
+        logits = logits + t.gate_logits[frames].to(wide)
     return z, logits
 
 
 def _hidden(features: Tensor, layers: _Layers) -> Tensor:
-    """relu(conv(F, W1) + b1) of all experts and the gate, [1, N, H, W]."""
+    """relu(conv(F, W1) + b1) of all experts and the gate, [n, N, H, W]."""
     return torch.relu(F.conv2d(features, layers.w1, layers.b1, padding=1))
 
 
-def _frame_forward(t: HeadTensors, layers: _Layers, options: HeadOptions, frame: int) -> MoEOutput:
-    hidden = _hidden(_features(t, options, frame, layers.w1.dtype), layers)
-    return mix(*_second_layer(hidden, layers, t, frame), options)
+def _forward(t: HeadTensors, layers: _Layers, options: HeadOptions, frames: slice) -> MoEOutput:
+    hidden = _hidden(_features(t, options, frames, layers.w1.dtype), layers)
+    return mix(*_second_layer(hidden, layers, t, frames), options)
 
 
 class _Sums:
@@ -188,20 +193,20 @@ class _Sums:
         )
 
 
-def _frame_backward(
+def _backward(
     t: HeadTensors,
     layers: _Layers,
     options: HeadOptions,
     cotangents: MoEOutput,
     needs: HeadTensors,
-    frame: int,
+    frames: slice,
     total: _Sums,
 ) -> None:
     dtype = layers.w1.dtype
-    features = _features(t, options, frame, dtype)
+    features = _features(t, options, frames, dtype)
     hidden = _hidden(features, layers)
-    z, logits = _second_layer(hidden, layers, t, frame)
-    here: list[Any] = [None if c is None else c[frame : frame + 1].to(z.dtype) for c in cotangents]
+    z, logits = _second_layer(hidden, layers, t, frames)
+    here: list[Any] = [None if c is None else c[frames].to(z.dtype) for c in cotangents]
     grad_z, grad_logits = mix_vjp(z, logits, options, MoEOutput(*here))
 
     grad_z = grad_z.flatten(1, 2)

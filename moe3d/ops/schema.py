@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe3d.ops import dispatch
-from moe3d.ops.reference import output_dtype
+from moe3d.ops.reference import ReferenceBackend, output_dtype
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 _TENSORS = (
@@ -59,6 +59,13 @@ def moe_head_op(*args):
 def _(*args):
     tensors, options, _ = _split(args)
     return _allocate(tensors, options)
+
+
+def decompose_moe_head(*args) -> tuple[Tensor, ...]:
+    """``moe3d::moe_head`` in PyTorch's own operators, for graphs that must run where this package is not."""
+    tensors, options, _ = _split(args)
+    outputs = ReferenceBackend().forward_at_once(tensors, options)
+    return tuple(_absent(tensors.x) if o is None else o.contiguous() for o in outputs)
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:

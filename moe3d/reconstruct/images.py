@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,10 +14,34 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from moe3d.geometry import scale_intrinsics
+
 PATCH_SIZE = 14
 WIDTH = 518  # VGGT's
 MAX_PIXELS = 200_000_000
 MAX_ASPECT = 10
+
+
+class Placement(NamedTuple):
+    """Where an image lies on the grid that the model sees. All sizes are (height, width), of the upright image."""
+
+    original: tuple[int, int]
+    """The image as it was read."""
+    resized: tuple[int, int]
+    """What it was resized to: as wide as the grid."""
+    top: int
+    """Rows of white above it on the grid; negative: rows that were cut off from its top."""
+
+    def rows(self, height: int) -> slice:
+        """The rows of a grid of ``height`` that show the image."""
+        return slice(max(self.top, 0), min(self.top + self.resized[0], height))
+
+    def to_original(self, intrinsics: Tensor) -> Tensor:
+        """Intrinsics [3, 3] in the grid's pixels to those in the original image's."""
+        moved = intrinsics.clone()
+        moved[1, 2] -= self.top
+        (height, width), (resized_height, resized_width) = self.original, self.resized
+        return scale_intrinsics(moved, width / resized_width, height / resized_height)
 
 
 class LoadedImages(NamedTuple):
@@ -26,10 +50,16 @@ class LoadedImages(NamedTuple):
     images: Tensor
     """[S, 3, H, W] float32 in [0, 1], H and W multiples of 14."""
     notes: list[str]
-    """Sentences for the user: which sizes were resized to which, and padded."""
+    """Sentences for the user: which sizes were resized to which, cropped and padded."""
+    placements: list[Placement]
+    """One for each image."""
+    skipped: dict[int, str]
+    """What is wrong with the images that were left out, by their position."""
 
 
-def load_images(paths: Sequence[str | os.PathLike[str]], width: int = WIDTH) -> LoadedImages:
+def load_images(
+    paths: Iterable[str | os.PathLike[str]], width: int = WIDTH, skip_unreadable: bool = False
+) -> LoadedImages:
     """Load images as VGGT's ``load_and_preprocess_images`` does in its default mode.
 
     Each is prepared on its own (:func:`prepare_image`); where the sizes then differ, the smaller are centred on white.
@@ -37,25 +67,31 @@ def load_images(paths: Sequence[str | os.PathLike[str]], width: int = WIDTH) -> 
     Args:
         paths: at least one image file.
         width: pixels, a multiple of 14.
+        skip_unreadable: leave out what cannot be read or prepared, as long as one image remains.
 
     Raises:
         ValueError: no paths, or as :func:`read_image` and :func:`prepare_image`.
         OSError: a file is not there or may not be read.
     """
-    if not paths:
-        raise ValueError("paths must name at least one image, got none")
-    prepared, notes = [], []
-    for path in paths:
-        image = read_image(path)
+    prepared, placements, skipped = [], [], {}
+    for position, path in enumerate(paths):
         try:
-            prepared.append(prepare_image(image, width))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        notes.append(resize_note((image.height, image.width), prepared[-1].shape[1:]))
+            image = read_image(path)
+            prepared.append(_prepare(path, image, width))
+        except (ValueError, OSError) as error:
+            if not skip_unreadable:
+                raise
+            skipped[position] = str(error)
+            continue
+        size = (image.height, image.width)
+        placements.append(Placement(size, (_resized_height(size, width), width), 0))
+    if not prepared:
+        what = next(iter(skipped.values()), "got none")
+        raise ValueError(f"paths must name at least one image that can be read: {what}")
     height = max(image.shape[1] for image in prepared)
-    if any(image.shape[1] != height for image in prepared):
-        notes.append(f"sizes differ: padded with white to {height}x{width}")
-    return LoadedImages(torch.stack([_pad(image, height) for image in prepared]), [*dict.fromkeys(filter(None, notes))])
+    placements = [place._replace(top=_top(place.resized[0], width, height)) for place in placements]
+    images = torch.stack([_pad(image, height) for image in prepared])
+    return LoadedImages(images, _notes(placements, height, width), placements, skipped)
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -96,7 +132,7 @@ def prepare_image(image: Image.Image, width: int = WIDTH) -> Tensor:
             f"an image must have more than one pixel and a side ratio of at most {MAX_ASPECT}:1, "
             f"got {image.height}x{image.width}"
         )
-    height = max(round(image.height * (width / image.width) / PATCH_SIZE), 1) * PATCH_SIZE
+    height = _resized_height((image.height, image.width), width)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     top = max(height - width, 0) // 2
     return torch.from_numpy(resized[top : top + width]).permute(2, 0, 1).contiguous()
@@ -107,6 +143,35 @@ def resize_note(before: Sequence[int], after: Sequence[int]) -> str:
     if tuple(before) == tuple(after):
         return ""
     return f"{before[0]}x{before[1]} resized to {after[0]}x{after[1]}, multiples of {PATCH_SIZE}, as VGGT's loader does"
+
+
+def _prepare(path: str | os.PathLike[str], image: Image.Image, width: int) -> Tensor:
+    try:
+        return prepare_image(image, width)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _resized_height(size: tuple[int, int], width: int) -> int:
+    """Of an image of ``size`` that is resized to ``width``, before it is cropped."""
+    return max(round(size[0] * (width / size[1]) / PATCH_SIZE), 1) * PATCH_SIZE
+
+
+def _top(resized: int, width: int, height: int) -> int:
+    """Where a resized image's first row lies on a grid of ``height``: cropped to ``width`` rows, then padded."""
+    cropped = max(resized - width, 0) // 2
+    return (height - min(resized, width)) // 2 - cropped
+
+
+def _notes(placements: list[Placement], height: int, width: int) -> list[str]:
+    notes = []
+    for place in placements:
+        notes.append(resize_note(place.original, (min(place.resized[0], width), width)))
+        if place.resized[0] > width:
+            notes.append(f"{place.original[0]}x{place.original[1]} is taller than wide: cropped to its middle")
+    if any(place.resized[0] < height for place in placements):
+        notes.append(f"sizes differ: padded with white to {height}x{width}")
+    return [*dict.fromkeys(filter(None, notes))]
 
 
 @contextmanager

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe3d.atomic import whole_file
 from moe3d.data.sample import Sample
 from moe3d.data.synthetic import SyntheticScenes
 
@@ -42,7 +43,7 @@ def as_shard(samples: Sequence[Sample]) -> Shard:
         "images": torch.stack([(sample.images * 255).round().byte() for sample in samples]),
         "depth": torch.stack([sample.depth.half() for sample in samples]),
         "intrinsics": torch.stack([sample.intrinsics for sample in samples]),
-        "extrinsics": torch.stack([sample.extrinsics for sample in samples]),
+        "extrinsics": torch.stack([cast(Tensor, sample.extrinsics) for sample in samples]),
     }
 
 
@@ -54,12 +55,8 @@ def _render(index: int, size: tuple[int, int]) -> Shard:
 def _write(path: Path, shard: Shard) -> None:
     from safetensors.torch import save_file
 
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as unfinished:
         save_file(shard, unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Shard:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,9 @@ from moe3d.losses import (
 )
 from moe3d.models import MiniVGGT
 from moe3d.training.augment import augment, shrink
+from moe3d.training.checkpoint import load_checkpoint, save_checkpoint
 from moe3d.training.pool import Pool
+from moe3d.training.trainer import warm_up_cosine
 from moe3d.training.validate import validate
 
 CLIP = 1.0  # of the gradient's norm
@@ -115,7 +115,7 @@ class Run:
         rng = np.random.default_rng([options.seed, self.step, self.rank])
         pixels = options.pixels[self.progress >= options.second_part]
         batch = prepare(pool.draw(rng, options.frames), rng, pixels)
-        rate = options.learning_rate * _schedule(self.progress)
+        rate = options.learning_rate * warm_up_cosine(self.progress, WARM_UP)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
@@ -154,21 +154,16 @@ class Run:
 
     def save(self) -> None:
         """Replace the folder's checkpoint, once the new one is whole."""
-        unfinished = self.folder / f".checkpoint.{os.getpid()}.tmp"
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
         }
-        try:
-            torch.save(state, unfinished)
-            os.replace(unfinished, self._checkpoint)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        save_checkpoint(self._checkpoint, state)
 
     def _resume(self) -> None:
-        state = torch.load(self._checkpoint, weights_only=True)
+        state = load_checkpoint(self._checkpoint)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -247,13 +242,6 @@ def _parameter_groups(model: MiniVGGT, weight_decay: float) -> list[dict]:
     ids = {id(p) for p in decay}
     rest = [p for p in model.parameters() if id(p) not in ids]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
-def _schedule(progress: float) -> float:
-    """Linear warm-up, then half a cosine to zero."""
-    if progress < WARM_UP:
-        return (progress + 1e-3) / (WARM_UP + 1e-3)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP))))
 
 
 def _mean(entries: list[dict[str, float]]) -> dict[str, float]:

@@ -17,21 +17,30 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from moe3d.integrations import load_head, patch_vggt, save_head
 from moe3d.integrations.vggt import patched_heads
-from moe3d.models import load_mini, save_mini
-from moe3d.training.finetune import Arm, FinetuneOptions, cache_features, stock_block
-from moe3d.training.pool import Pool, as_shard, read_shards, render_pool
+from moe3d.models import MiniVGGT, load_mini, save_mini
+from moe3d.training.features import CachedScenes, cache_scenes, read_batches
+from moe3d.training.heads import (
+    HeadBudget,
+    HeadTrainer,
+    best_rate,
+    into_block,
+    mixture_head,
+    trained_head,
+)
+from moe3d.training.pool import Pool, render_pool
 from moe3d.training.pretrain import PretrainOptions, Run, output_block
-from moe3d.training.validate import evaluate, motorcycle, scenes, trivial_metrics
+from moe3d.training.recipes import BEST, Recipe
+from moe3d.training.scenes import LiveScenes, open_corpus
+from moe3d.training.validate import Validation, evaluate, motorcycle, scenes, trivial_metrics
 
 SHARDS = 336  # of the pool, 16 scenes each
-FINETUNE_SHARDS = 36
-VALIDATION_SCENES = 16
 TEST_SCENES = 64
 
 
@@ -55,23 +64,53 @@ def pretrain(folder: Path, options: PretrainOptions, shards: int = SHARDS) -> No
     save_mini(model, folder / "pretrained.safetensors")
 
 
-def finetune(folder: Path, options: FinetuneOptions, shards: int = FINETUNE_SHARDS) -> None:
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """How both heads are trained."""
+
+    recipe: Recipe = BEST
+    budget: HeadBudget = field(default_factory=HeadBudget)
+    size: tuple[int, int] = (140, 196)
+    scenes: int = 1000
+    """Of the training split, one or two frames each, so that the heads meet the features of both."""
+    validation_scenes: int = 16
+    seed: int = 0
+
+    @property
+    def stock_recipe(self) -> Recipe:
+        """The same without a mixture: of one Laplace density the likelihood is L1 in log depth."""
+        return replace(self.recipe, loss="log-l1", num_experts=1, image_gate=False, expected_cost_weight=0.0)
+
+
+def finetune(folder: Path, options: FinetuneOptions) -> None:
     """Train both heads on the frozen network, as it is after rounding to fp16."""
-    render_pool(folder / "pool", shards)
     model = load_mini(path=folder / "pretrained.safetensors")
-    train = cache_features(model, read_shards(folder / "pool", shards))
-    val = cache_features(model, [as_shard([sample]) for sample in scenes("val", VALIDATION_SCENES)])
-    log = _logger(folder / "finetune.jsonl")
+    train, val = (_cache(model, folder, options, validation) for validation in (False, True))
+    block, log = output_block(model), _logger(folder / "finetune.jsonl")
+    trainer = HeadTrainer(block, train.folder, read_batches(val), options.budget)
+    heads = {}
+    for name, recipe in (("moe", options.recipe), ("stock", options.stock_recipe)):
+        losses = trainer.sweep(mixture_head, recipe)
+        supervised = trainer.train(mixture_head, recipe, options.seed, best_rate(losses))
+        metrics = Validation(read_batches(val)).run(supervised).metrics
+        log({"head": name, "loss by rate": losses, "rate": best_rate(losses), "validation": metrics})
+        heads[name] = trained_head(supervised)
 
-    block = output_block(model)
-    moe = Arm("moe", block, options.num_experts, options).run(train, val, log)
-    stock = Arm("stock", block, 1, options).run(train, val, log)
-
-    stock_block(stock, block)
+    into_block(heads["stock"], block)
     save_mini(model, folder / "mini_single.safetensors")
-    patch_vggt(model, options.num_experts, options.gate_hidden, init_noise=options.init_noise, seed=options.seed)
-    patched_heads(model)["depth"].tail.load_state_dict(moe.state_dict())
+    patch_vggt(model, **options.recipe.patch_options(options.seed))
+    tail = patched_heads(model)["depth"].tail
+    tail.load_state_dict(heads["moe"].state_dict())
+    tail.mode, tail.temperature = options.recipe.mode, options.recipe.temperature.at(1.0)
     save_head(model, folder / "mini_moe_head.safetensors")
+
+
+def _cache(model: MiniVGGT, folder: Path, options: FinetuneOptions, validation: bool) -> CachedScenes:
+    corpus = open_corpus("synthetic", None, options.size, 2, validation)
+    cache = folder / "features" / ("val" if validation else "train")
+    count = options.validation_scenes if validation else options.scenes
+    cache_scenes(model, LiveScenes([corpus], (1, 2), options.seed), count, cache)
+    return CachedScenes(cache, options.seed, count)
 
 
 def evaluate_shipped(folder: Path, test_scenes: int = TEST_SCENES) -> None:
@@ -103,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=PretrainOptions.minutes, help="budget of pretraining")
     parser.add_argument("--steps", type=int, default=PretrainOptions.steps, help="... if reached first")
     parser.add_argument("--shards", type=int, default=SHARDS, help="size of the pool of training scenes, 16 each")
-    parser.add_argument("--finetune-steps", type=int, default=FinetuneOptions.steps)
+    parser.add_argument("--finetune-steps", type=int, default=HeadBudget.steps)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
 
@@ -115,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if int(os.environ.get("RANK", 0)) > 0:
         return  # what follows is one process's work
     if args.stage in ("finetune", "all"):
-        finetune(args.out, FinetuneOptions(steps=args.finetune_steps))
+        finetune(args.out, FinetuneOptions(budget=HeadBudget(steps=args.finetune_steps)))
     if args.stage in ("evaluate", "all"):
         evaluate_shipped(args.out)
 

@@ -5,60 +5,23 @@ Every sentence with a judgement in it is made from the numbers beside it.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
-from typing import NamedTuple
 
 import numpy as np
 
-from moe3d.viz.colors import colormap, expert_colors
+from moe3d.viz import metrics
+from moe3d.viz.colors import expert_colors
+from moe3d.viz.html import data_uri, document, figure, ramp, swatch
+from moe3d.viz.metrics import SAME, SAME_AT_ZERO, judge
 from moe3d.viz.pictures import ERROR_LIMIT, FLYING, LANDED
 
-SAME, SAME_AT_ZERO = 0.01, 0.002
-"""Two values are called about the same if they differ by no more than this fraction of the larger, or than this."""
 EDGES = 0.05
 """Below this boundary F1 the page says that a head draws no edges to speak of."""
 
 
-class Metric(NamedTuple):
-    """How a metric is called and read."""
-
-    name: str
-    higher_is_better: bool
-    form: str
-    meaning: str
-
-
-METRICS = {
-    "abs_rel": Metric(
-        "AbsRel",
-        False,
-        ".3f",
-        "mean of |predicted − true| / true depth, each prediction scaled by one number, the ratio of the medians",
-    ),
-    "delta1": Metric(
-        "δ1",
-        True,
-        ".3f",
-        "fraction of pixels whose predicted depth, scaled likewise, is within a factor of 1.25 of the truth",
-    ),
-    "si_f1": Metric(
-        "Boundary F1",
-        True,
-        ".3f",
-        "do depth edges stand on the very pixels where true ones do: precision and recall in one number, over ten "
-        "thresholds (Depth Pro’s protocol)",
-    ),
-    "flying_rate": Metric(
-        "Flying points",
-        False,
-        ".1%",
-        "fraction of true boundary pixels whose prediction hangs between the near and the far surface, on neither",
-    ),
-}
+METRICS = {key: metrics.METRICS[key] for key in ("abs_rel", "delta1", "si_f1", "flying_rate")}
 _TONES = {"better": "good", "worse": "bad"}
 _LAYERS = {"depth": "Depth", "error": "Error", "flying": "Flying points", "points": "Side view"}
 
@@ -97,16 +60,16 @@ def render_page(report: Mapping, scenes: Sequence[PageScene]) -> str:
             _footer(report),
         ]
     )
-    return files("moe3d.viz").joinpath("page.html").read_text("utf-8").replace("{{content}}", content)
+    return document("moe3d demo", content)
 
 
 def compare_words(stock: Mapping[str, float | None], moe: Mapping[str, float | None], with_values: bool = True) -> str:
     """What the MoE head does better, worse and about as well, in a sentence."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "about the same": []}
     for key, metric in METRICS.items():
-        judgement = _judge(key, stock[key], moe[key])
+        judgement = judge(key, stock[key], moe[key])
         if judgement is not None:
-            values = f" {_text(key, stock[key])} → {_text(key, moe[key])}" if with_values else ""
+            values = f" {METRICS[key].text(stock[key])} → {METRICS[key].text(moe[key])}" if with_values else ""
             groups[judgement].append(metric.name + values)
     parts = [f"{judgement}: {', '.join(entries)}" for judgement, entries in groups.items() if entries]
     return f"With the MoE head, {'; '.join(parts)}." if parts else "Nothing can be compared here."
@@ -130,18 +93,6 @@ def entropy_words(weights: np.ndarray) -> str:
     return f"On average it reaches {share:.0%} of log {len(weights)}, the value of a gate that prefers none."
 
 
-def _judge(key: str, stock: float | None, moe: float | None) -> str | None:
-    if stock is None or moe is None:
-        return None
-    if abs(moe - stock) <= max(SAME * max(stock, moe), SAME_AT_ZERO):
-        return "about the same"
-    return "better" if (moe > stock) == METRICS[key].higher_is_better else "worse"
-
-
-def _text(key: str, value: float | None) -> str:
-    return "–" if value is None else format(value, METRICS[key].form)
-
-
 def _header(report: Mapping, num_experts: int) -> str:
     mean = report["mean"]
     words = compare_words(mean["stock"], mean["moe"], with_values=False)
@@ -157,13 +108,13 @@ of that head’s last block. <strong>{escape(words)}</strong> The figures are me
 
 def _tile(key: str, mean: Mapping) -> str:
     stock, moe = mean["stock"][key], mean["moe"][key]
-    judgement = _judge(key, stock, moe)
+    judgement = judge(key, stock, moe)
     change = judgement or "not defined here"
     if judgement in _TONES and stock:
         change = f"{moe / stock - 1:+.1%} · {judgement}"
     tone = _TONES.get(judgement or "", "")
     return f"""<div class="tile"><h3>{METRICS[key].name}</h3>
-<div class="pair"><small>{_text(key, stock)} →</small> {_text(key, moe)}</div>
+<div class="pair"><small>{METRICS[key].text(stock)} →</small> {METRICS[key].text(moe)}</div>
 <div class="change {tone}">{change}</div></div>"""
 
 
@@ -195,14 +146,14 @@ def _row(title: str, numbers: Mapping) -> str:
     cells = []
     for key in METRICS:
         stock, moe = numbers["stock"][key], numbers["moe"][key]
-        judgement = _judge(key, stock, moe)
-        cells.append(f'<td class="{"best" if judgement == "worse" else ""}">{_text(key, stock)}</td>')
-        cells.append(f'<td class="moe {"best" if judgement == "better" else ""}">{_text(key, moe)}</td>')
+        judgement = judge(key, stock, moe)
+        cells.append(f'<td class="{"best" if judgement == "worse" else ""}">{METRICS[key].text(stock)}</td>')
+        cells.append(f'<td class="moe {"best" if judgement == "better" else ""}">{METRICS[key].text(moe)}</td>')
     return f'<tr><th scope="row">{escape(title)}</th>{"".join(cells)}</tr>'
 
 
 def _scene(numbers: Mapping, scene: PageScene) -> str:
-    pictures = {name: _data_uri(file) for name, file in scene.pictures.items()}
+    pictures = {name: data_uri(file) for name, file in scene.pictures.items()}
     given = (
         f"{numbers['views']} views of {_size(numbers['size'])}, given to the model at {_size(numbers['model_size'])}"
     )
@@ -212,8 +163,8 @@ def _scene(numbers: Mapping, scene: PageScene) -> str:
 <div class="grid">
 {_compare(scene, pictures)}
 <div class="side">
-{_figure(pictures["input"], f"Input, {scene.title}", "<b>Input</b>, the first view")}
-{_figure(pictures["depth_truth"], f"True depth, {scene.title}", "<b>True depth</b>, same colours; grey where unknown")}
+{figure(pictures["input"], f"Input, {scene.title}", "<b>Input</b>, the first view")}
+{figure(pictures["depth_truth"], f"True depth, {scene.title}", "<b>True depth</b>, same colours; grey where unknown")}
 </div>
 {_gate_figure(scene, pictures)}
 {_entropy_figure(scene, pictures)}
@@ -261,11 +212,11 @@ def _compare(scene: PageScene, pictures: Mapping[str, str]) -> str:
 def _legends(scene: PageScene) -> str:
     near, far = scene.depth_range
     legends = {
-        "depth": f"<span>{near:.1f} m</span>{_ramp('depth')}<span>{far:.1f} m, logarithmic</span>",
-        "error": f"<span>too near, ×{1 / ERROR_LIMIT:.2f} or less</span>{_ramp('error')}"
+        "depth": f"<span>{near:.1f} m</span>{ramp('depth')}<span>{far:.1f} m, logarithmic</span>",
+        "error": f"<span>too near, ×{1 / ERROR_LIMIT:.2f} or less</span>{ramp('error')}"
         f"<span>too far, ×{ERROR_LIMIT:.2f} or more</span>",
-        "flying": f"<span>At true boundaries, the prediction</span>{_swatch(FLYING, 'flies between two surfaces')}"
-        f"{_swatch(LANDED, 'does not')}",
+        "flying": f"<span>At true boundaries, the prediction</span>{swatch(FLYING, 'flies between two surfaces')}"
+        f"{swatch(LANDED, 'does not')}",
         "points": "<span>The predicted points, seen from the left and above. What hangs between surfaces flies.</span>",
     }
     return "".join(
@@ -277,17 +228,17 @@ def _legends(scene: PageScene) -> str:
 def _gate_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
     shares = scene.weights.mean(axis=(1, 2))
     colors = expert_colors(len(shares))
-    swatches = "".join(_swatch(colors[k], f"{k + 1}: {share:.0%}") for k, share in enumerate(shares))
+    swatches = "".join(swatch(colors[k], f"{k + 1}: {share:.0%}") for k, share in enumerate(shares))
     caption = f"<b>Gate</b>: each expert’s colour, mixed by its weight. {gate_words(scene.weights)}"
     legend = f'<div class="legend always">{swatches}</div>'
-    return _figure(pictures["gate"], f"Gate, {scene.title}", caption + legend, "third")
+    return figure(pictures["gate"], f"Gate, {scene.title}", caption + legend, "third")
 
 
 def _entropy_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
     caption = f"<b>Entropy</b> of the gate: how undecided it is. {entropy_words(scene.weights)}"
-    ends = f"<span>sure</span>{_ramp('entropy')}<span>undecided (log {len(scene.weights)})</span>"
+    ends = f"<span>sure</span>{ramp('entropy')}<span>undecided (log {len(scene.weights)})</span>"
     legend = f'<div class="legend always">{ends}</div>'
-    return _figure(pictures["entropy"], f"Entropy, {scene.title}", caption + legend, "third")
+    return figure(pictures["entropy"], f"Entropy, {scene.title}", caption + legend, "third")
 
 
 def _detail_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
@@ -299,32 +250,9 @@ def _detail_figure(scene: PageScene, pictures: Mapping[str, str]) -> str:
     return f'<figure class="third detail"><div class="crops">{crops}</div><figcaption>{caption}</figcaption></figure>'
 
 
-def _figure(source: str, description: str, caption: str, kind: str = "") -> str:
-    image = f'<img src="{source}" alt="{escape(description)}">'
-    return f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>'
-
-
 def _size(size: Sequence[int]) -> str:
     """(height, width) as people say it."""
     return f"{size[1]}×{size[0]}"
-
-
-def _swatch(color: np.ndarray, label: str) -> str:
-    return f'<span><i class="swatch" style="background: {_css(color)}"></i>{label}</span>'
-
-
-def _ramp(name: str) -> str:
-    stops = ", ".join(map(_css, colormap(name)[::15]))
-    return f'<span class="ramp" style="background: linear-gradient(90deg, {stops})"></span>'
-
-
-def _css(color: np.ndarray) -> str:
-    return f"rgb({' '.join(map(str, color))})"
-
-
-def _data_uri(file: bytes) -> str:
-    kind = "png" if file.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file).decode()}"
 
 
 def _footer(report: Mapping) -> str:
@@ -335,8 +263,8 @@ def _footer(report: Mapping) -> str:
 <dl>{meanings}</dl>
 <p>The backbone, the camera head and all of the depth head before its last block are the same weights in both. With
 {report["parameters"] / 1e6:.1f} million parameters it is a model to see the head’s effect on, not one that reconstructs
-well. Only the first view of each scene is shown and judged. In bold: the better of two values that differ by more than
-{SAME:.0%} and {SAME_AT_ZERO}.</p>
+well. Only the first view of each scene is shown and judged, its depth aligned by one number, the ratio of the medians.
+In bold: the better of two values that differ by more than {SAME:.0%} and {SAME_AT_ZERO}.</p>
 <p>Time: {timing["views"]} views of {_size(timing["size"])} through the whole network, {escape(report["device"])},
 medians of {timing["rounds"]} interleaved rounds; in brackets the 95% interval of the overhead.</p>
 <p>Point clouds are in metres. GLB files have glTF’s axes (y up, looking along −z), PLY files the first camera’s (x

@@ -150,6 +150,34 @@ def test_python_dash_m_exits_with_mains_code_from_any_folder(tmp_path):
     assert done.stderr.startswith("moe3d: error: argument COMMAND: invalid choice: 'nonsense'")
 
 
+@pytest.mark.parametrize("started_as", [["-m", "moe3d"], ["program/moe3d"]])
+@pytest.mark.parametrize("imported", ["torch", "moe3d.cli"])
+def test_an_interrupt_before_there_is_a_command_is_one_line_and_130(tmp_path, started_as, imported):
+    """While PyTorch is imported, the last time for a Ctrl-C to be a traceback, and while the command line is."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "moe3d").write_text("import sys\nfrom moe3d.cli import main\nsys.exit(main())\n")
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(name, path=None, target=None):
+        if name == {imported!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting)
+""")
+    path = os.pathsep.join([str(tmp_path), str(Path(moe3d.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, *started_as, "info"],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "moe3d: interrupted\n")
+
+
 def test_info_imports_no_heavy_library(tmp_path):
     code = f"import sys; from moe3d.cli import main; main(['info']); print(sorted({HEAVY!r} & set(sys.modules)))"
     done = _python("-c", code, cwd=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -14,6 +15,26 @@ from moe3d.data import DATASETS, Sample, open_dataset
 def test_unknown_dataset_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown dataset 'kitty', expected one of .*motorcycle.*synthetic"):
         open_dataset("kitty")
+
+
+def test_the_names_are_the_documented_ones():
+    assert set(DATASETS) == {
+        "7scenes", "bonn", "hypersim", "kitti", "motorcycle", "nrgbd", "nyuv2", "sintel", "synthetic", "vkitti2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["motorcycle", "synthetic"])
+def test_a_maximum_depth_can_be_set(name):
+    dataset = open_dataset(name)
+    assert dataset.max_depth == math.inf
+    assert dataset.has_poses
+    assert dataset.skipped == []
+    sequence, frames = next(iter(dataset.sequences.items()))
+    usual = dataset.load(sequence, frames[:1])
+    dataset.max_depth = float(usual.depth[usual.valid].median())
+    cut = dataset.load(sequence, frames[:1])
+    assert torch.equal(cut.valid, usual.valid & (usual.depth < dataset.max_depth))
+    assert torch.equal(cut.depth, usual.depth * cut.valid)
 
 
 @pytest.mark.parametrize("name", ["motorcycle", "synthetic"])

@@ -1,4 +1,4 @@
-"""The front's faster ways against the stock head in float64: the same features, gradients and state, in any situation."""
+"""The front's faster ways against the stock head in float64: the same features, gradients and state, come what may."""
 
 from __future__ import annotations
 

@@ -373,7 +373,9 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "form", [lambda p: (p["depth"], p["depth_conf"]), lambda p: p["depth"], lambda p: None], ids=str
+    "form",
+    [lambda p: (p["depth"], p["depth_conf"]), lambda p: p["depth"], lambda p: None],
+    ids=["pair", "depth", "nothing"],
 )
 def test_a_model_that_returns_no_dictionary_is_left_alone(form):
     model = Wrapped(form)

@@ -73,7 +73,7 @@ def test_state_dict_moves_in_both_directions(real):
     theirs.load_state_dict(ours.state_dict(), strict=True)
     tokens, images = backbone((4, 6))
     with torch.no_grad():
-        for a, b in zip(ours(tokens, images, SPECIAL), theirs(tokens, images, SPECIAL)):
+        for a, b in zip(ours(tokens, images, SPECIAL), theirs(tokens, images, SPECIAL), strict=True):
             assert_same(a, b)
 
 
@@ -84,7 +84,7 @@ def test_equals_the_real_head(real, grid, output):
     ours, theirs = both(real, **output)
     tokens, images = backbone(grid)
     with torch.no_grad():
-        for a, b in zip(ours(tokens, images, SPECIAL), theirs(tokens, images, SPECIAL)):
+        for a, b in zip(ours(tokens, images, SPECIAL), theirs(tokens, images, SPECIAL), strict=True):
             assert_same(a, b)
 
 
@@ -96,7 +96,7 @@ def test_chunks_frames_like_the_real_head(real, chunk):
     with torch.no_grad():
         a = ours(tokens, images=images, patch_start_idx=SPECIAL, frames_chunk_size=chunk)
         b = theirs(tokens, images=images, patch_start_idx=SPECIAL, frames_chunk_size=chunk)
-    for x, y in zip(a, b):
+    for x, y in zip(a, b, strict=True):
         assert_same(x, y)
 
 
@@ -107,7 +107,7 @@ def test_activations_equal_the_real_heads(real, activation, conf_activation):
     ours, theirs = both(real, activation=activation, conf_activation=conf_activation)
     tokens, images = backbone((2, 3), batch=1, frames=1)
     with torch.no_grad():
-        for a, b in zip(ours(tokens, images, SPECIAL), theirs(tokens, images, SPECIAL)):
+        for a, b in zip(ours(tokens, images, SPECIAL), theirs(tokens, images, SPECIAL), strict=True):
             assert_same(a, b)
 
 
@@ -120,7 +120,7 @@ def test_options_equal_the_real_heads(real, options, feature_only, chunk):
     tokens, images = backbone((3, 4))
     with torch.no_grad():
         a, b = (head(tokens, images, SPECIAL, chunk) for head in (ours, theirs))
-    for x, y in zip([a], [b]) if feature_only else zip(a, b):
+    for x, y in zip([a], [b], strict=True) if feature_only else zip(a, b, strict=True):
         assert_same(x, y)
 
 
@@ -135,7 +135,7 @@ def test_gradients_equal_the_real_heads(real):
         read = [tokens[i].grad for i in head.intermediate_layer_idx]
         gradients.append(read + [parameter.grad for parameter in head.parameters()])
         assert tokens[2].grad is None
-    for a, b in zip(*gradients):
+    for a, b in zip(*gradients, strict=True):
         assert_same(a, b)
 
 
@@ -183,7 +183,7 @@ def test_huge_interpolations_are_split_over_the_batch(monkeypatch):
     monkeypatch.setattr(dpt, "_MAX_INTERPOLATED_ELEMENTS", 2 * 16 * 42 * 56)
     split = head(tokens, images, SPECIAL)
     assert batches[-3:] == [2, 2, 2]  # the final upsampling, to 42x56 with 16 channels, of 2 * 3 frames
-    for a, b in zip(whole, split):
+    for a, b in zip(whole, split, strict=True):
         assert torch.equal(a, b)
 
 
@@ -194,7 +194,7 @@ def test_reads_only_the_named_layers_and_no_special_tokens():
     tokens[2].fill_(torch.nan)
     for layer in tokens:
         layer[:, :, :SPECIAL] = torch.nan
-    for a, b in zip(expected, head(tokens, images, SPECIAL)):
+    for a, b in zip(expected, head(tokens, images, SPECIAL), strict=True):
         assert torch.equal(a, b)
 
 

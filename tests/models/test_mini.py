@@ -123,7 +123,7 @@ def test_depth_does_not_depend_on_chunking(model):
     tokens, start = model.aggregator(images)
     whole = model.depth_head(tokens, images=images, patch_start_idx=start, frames_chunk_size=None)
     for chunk in (1, 2, 8):
-        for a, b in zip(whole, model.depth_head(tokens, images, start, chunk)):
+        for a, b in zip(whole, model.depth_head(tokens, images, start, chunk), strict=True):
             assert_close(a, b)
 
 
@@ -167,7 +167,7 @@ def test_is_deterministic(model):
     first = MiniVGGT(**TINY)
     torch.manual_seed(7)
     second = MiniVGGT(**TINY)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def test_compiles_without_graph_breaks(model):
     # The graph is what is checked here; aot_eager runs it functionalised, without minutes of C++ compilation.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
     for name, value in model(images).items():
-        for a, b in zip(compiled[name], value):
+        for a, b in zip(compiled[name], value, strict=True):
             assert_close(a, b)
 
 

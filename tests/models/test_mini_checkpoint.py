@@ -48,7 +48,7 @@ def test_configuration_and_weights_come_back(model, path):
     loaded = load_mini(path=path)
     assert loaded.config == SIZES and not loaded.training
     assert len(loaded.aggregator.frame_blocks) == 5 and loaded.point_head is not None
-    for (name, got), expected in zip(loaded.named_parameters(), model.parameters()):
+    for (name, got), expected in zip(loaded.named_parameters(), model.parameters(), strict=True):
         assert got.dtype == torch.float32 and got.requires_grad and not got.is_meta, name
         assert torch.equal(got, expected.half().float()), name
     images = torch.rand(2, 3, 28, 42)
@@ -106,7 +106,7 @@ def test_missing_weight_is_refused(path):
 
 
 def test_missing_file_and_unknown_head(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no weights file at .*nothing.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"there is no weights file at .*nothing\.safetensors"):
         load_mini(path=tmp_path / "nothing.safetensors")
     with pytest.raises(ValueError, match="head must be 'single' or 'moe', got 'double'"):
         load_mini(head="double")
@@ -130,7 +130,7 @@ def test_weight_beyond_fp16_is_not_saved(tmp_path):
     model = MiniVGGT(**SIZES)
     with torch.no_grad():
         model.camera_head.embed_pose.bias[3] = 70_000
-    with pytest.raises(ValueError, match="not finite in float16: camera_head.embed_pose.bias"):
+    with pytest.raises(ValueError, match=r"not finite in float16: camera_head\.embed_pose\.bias"):
         save_mini(model, tmp_path / "mini.safetensors")
     assert list(tmp_path.iterdir()) == []
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import truth
-from support.accuracy import Runner, assert_as_accurate_as_pytorch
-from support.problems import Problem, random_problem
 
 from moe3d import _build
 from moe3d.functional import moe_head
 from moe3d.ops import native
+from support import truth
+from support.accuracy import Runner, assert_as_accurate_as_pytorch
+from support.problems import Problem, random_problem
 
 CPU = Runner("cpu", "cpu")
 

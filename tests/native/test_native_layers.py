@@ -1,4 +1,4 @@
-"""The decoder's layers in C++ against PyTorch in float64: numbers, borders, threads, instruction sets, written whole."""
+"""The decoder's layers in C++ against PyTorch in float64: numbers, borders, threads, instruction sets."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.problems import random_problem
 
 import moe3d
 from moe3d import _build
 from moe3d.ops import native
+from support.problems import random_problem
 
 HAS_NATIVE = _build.native().module is not None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=_build.native().reason or "")

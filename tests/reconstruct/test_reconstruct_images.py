@@ -172,11 +172,12 @@ def test_the_limit_is_200_megapixels_and_is_checked_before_decoding(tmp_path):
 def test_sizes_that_differ_are_padded_with_white_and_said(tmp_path):
     wide = _save(tmp_path / "wide.png", np.zeros((42, 84, 3), np.uint8))
     high = _save(tmp_path / "high.png", np.zeros((84, 84, 3), np.uint8))
-    images, notes = load_images([wide, high, wide], width=84)
+    images, notes, placements, _ = load_images([wide, high, wide], width=84)
     assert images.shape == (3, 3, 84, 84)
     assert torch.equal(images[0, :, 21:63], torch.zeros(3, 42, 84))
     assert images[0, :, :21].eq(1).all() and images[0, :, 63:].eq(1).all() and images[1].eq(0).all()
     assert notes == ["sizes differ: padded with white to 84x84"]
+    assert [(place.top, place.rows(84)) for place in placements[:2]] == [(21, slice(21, 63)), (0, slice(0, 84))]
 
 
 def test_resizing_is_said_once_per_size(tmp_path):

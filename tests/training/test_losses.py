@@ -11,16 +11,27 @@ from hypothesis import strategies as st
 
 from moe3d.geometry import decode_pose, encode_pose, project, unproject
 from moe3d.losses import (
+    CameraLoss,
+    EntropyLoss,
+    MixtureNLL,
+    MoEDepthLoss,
+    Schedule,
+    Term,
+    WeightedLoss,
     camera_loss,
     confidence_loss,
     entropy_loss,
+    expected_cost_loss,
+    l1_depth_loss,
+    load_balance,
     log_depth_loss,
     log_gradient_loss,
+    mixture_nll,
     moe_depth_loss,
     normalise_scale,
 )
 
-DEPTH_LOSSES = (moe_depth_loss, log_depth_loss, log_gradient_loss)
+DEPTH_LOSSES = (moe_depth_loss, l1_depth_loss, log_depth_loss, log_gradient_loss)
 
 
 @pytest.fixture
@@ -177,3 +188,160 @@ def _first_in_second(depth, intrinsics, extrinsics):
 
 def _times_translation(unit):
     return torch.tensor([1, 1, 1, unit], dtype=torch.float64)
+
+
+def test_l1_depth_loss_is_the_mean_absolute_error(maps):
+    depth, truth, valid = maps
+    errors = [abs(depth[i] - truth[i]).item() for i in pixels(valid)]
+    assert l1_depth_loss(depth, truth, valid).item() == pytest.approx(sum(errors) / len(errors))
+
+
+@pytest.fixture
+def mixture(maps):
+    """Weights and hypotheses [2, 3, K = 3, 7, 9] in float64 beside the maps' truth and validity."""
+    _, truth, valid = maps
+    generator = torch.Generator().manual_seed(1)
+    logits, hypotheses = torch.rand(2, 2, 3, 3, 7, 9, generator=generator, dtype=torch.float64).unbind()
+    return logits.softmax(2), hypotheses + 0.5, truth, valid
+
+
+@pytest.mark.parametrize("log_depth", [True, False])
+@pytest.mark.parametrize("density", ["laplace", "gaussian"])
+@pytest.mark.parametrize("scale", [0.1, torch.tensor([0.05, 0.2, 0.4], dtype=torch.float64)[:, None, None]])
+def test_mixture_nll_is_that_of_pytorchs_distributions(mixture, density, log_depth, scale):
+    weights, hypotheses, truth, valid = mixture
+    means = hypotheses.log() if log_depth else hypotheses
+    family = {"laplace": torch.distributions.Laplace, "gaussian": torch.distributions.Normal}[density]
+    components = family(means.movedim(2, -1), torch.as_tensor(scale).expand_as(means).movedim(2, -1))
+    expected = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(weights.movedim(2, -1)), components
+    ).log_prob(truth.clamp(min=1e-9).log() if log_depth else truth)
+    actual = mixture_nll(weights, hypotheses, truth, valid, scale, density, log_depth)
+    torch.testing.assert_close(actual, -expected[valid].mean())
+
+
+def test_expected_cost_weighs_every_expert_by_its_odds(mixture):
+    weights, hypotheses, truth, valid = mixture
+    costs = [
+        sum(weights[b, s, k, y, x] * abs(math.log(hypotheses[b, s, k, y, x] / truth[b, s, y, x])) for k in range(3))
+        for b, s, y, x in pixels(valid)
+    ]
+    assert expected_cost_loss(*mixture).item() == pytest.approx(float(sum(costs)) / len(costs))
+
+
+@pytest.mark.parametrize("loss", [mixture_nll, expected_cost_loss])
+def test_mixture_losses_pass_gradcheck_and_ignore_what_is_not_valid(mixture, loss):
+    weights, hypotheses, truth, valid = (m[:1, :1, ..., :4, :5] for m in mixture)
+    inputs = (weights.clone().requires_grad_(), hypotheses.clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda w, d: loss(w, d, truth, valid), inputs)
+    broken = torch.where(valid.unsqueeze(2), hypotheses, torch.inf).requires_grad_()
+    value = loss(weights, broken, truth, valid)
+    value.backward()
+    assert value.isfinite() and broken.grad.isfinite().all()
+    assert not broken.grad[~valid.unsqueeze(2).expand_as(broken)].any()
+
+
+def test_a_likelihood_prefers_two_surfaces_where_a_squared_error_prefers_their_mean():
+    """A pixel that is near or far with equal odds: the mixture's optimum is on the surfaces, the L2's between them."""
+    truth = torch.tensor([1.0, 2.0] * 50).reshape(1, 1, 10, 10)
+    weights = torch.full((1, 1, 2, 10, 10), 0.5)
+    between, apart = torch.full((1, 1, 2, 10, 10), 1.5), torch.tensor([1.0, 2.0])[:, None, None].expand(1, 1, 2, 10, 10)
+    valid = truth > 0
+    assert mixture_nll(weights, apart, truth, valid) < mixture_nll(weights, between, truth, valid)
+    mixed = [(weights * hypotheses).sum(2) for hypotheses in (apart, between)]
+    assert moe_depth_loss(mixed[0], truth, valid) == moe_depth_loss(mixed[1], truth, valid)
+
+
+def test_an_unknown_density_and_a_scale_of_zero_are_refused(mixture):
+    with pytest.raises(ValueError, match="density must be one of laplace, gaussian, got 'cauchy'"):
+        mixture_nll(*mixture, density="cauchy")
+    with pytest.raises(ValueError, match="scale must be a finite number above 0, got 0"):
+        MixtureNLL(scale=0)
+
+
+def test_load_balance_counts_weights_choices_and_the_dead():
+    weights = torch.zeros(1, 2, 3, 4, 5)
+    weights[:, :, 0], weights[:, 0, 1] = 0.4, 0.6
+    weights[:, 1, 0] += 0.595
+    weights[:, 1, 2] = 0.005
+    balance = load_balance(weights)
+    torch.testing.assert_close(balance.mean_weight, torch.tensor([0.6975, 0.3, 0.0025]))
+    torch.testing.assert_close(balance.chosen, torch.tensor([0.5, 0.5, 0.0]))
+    assert balance.dead.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),  # at progress 0, 1/4, 1/2, 1
+    [
+        ("0.3", (0.3, 0.3, 0.3, 0.3)),
+        ("0:1:linear", (0, 0.25, 0.5, 1)),
+        ("0:1:linear:0.5", (0, 0.5, 1, 1)),
+        ("1:0:cosine", (1, 0.5 + math.sqrt(0.125), 0.5, 0)),
+        ("1:0.0001:exponential", (1, 0.1, 0.01, 0.0001)),
+    ],
+)
+def test_schedules(text, values):
+    assert [Schedule.parse(text).at(p) for p in (0, 0.25, 0.5, 1)] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:2", "1:2:sine", "1:0:exponential", "0:1:linear:0", "1:2:constant", "nan"])
+def test_schedules_that_make_no_sense_are_refused(text):
+    with pytest.raises(ValueError, match="schedule"):
+        Schedule.parse(text)
+
+
+def test_a_weighted_sum_treats_scenes_alike_whatever_their_valid_pixels(mixture):
+    weights, hypotheses, truth, valid = mixture
+    valid = valid.clone()
+    valid[0, :, 2:] = False
+    entropy = -(weights * weights.log()).sum(2)
+    predictions = {
+        "depth": (weights * hypotheses).sum(2).unsqueeze(-1),
+        "depth_weights": weights,
+        "depth_hypotheses": hypotheses,
+        "depth_entropy": entropy,
+        "pose_enc_list": [torch.ones(2, 3, 9, dtype=torch.float64)],
+    }
+    batch = {
+        "depth": truth,
+        "valid": valid,
+        "pose_enc": torch.zeros(2, 3, 9, dtype=torch.float64),
+        "names": [["a"], ["b"]],
+    }
+    objective = WeightedLoss(
+        {
+            "depth": Term(MoEDepthLoss(), Schedule(1.0)),
+            "nll": Term(MixtureNLL(), Schedule(0.5)),
+            "entropy": Term(EntropyLoss(), Schedule(0, 2, "linear"), relative=True),
+            "camera": Term(CameraLoss(), Schedule(1.0)),
+        }
+    )
+    objective.unit = 0.1
+    losses = objective(predictions, batch, progress=0.25)
+    for b in range(2):
+        one = slice(b, b + 1)
+        depth = moe_depth_loss(predictions["depth"][one, ..., 0], truth[one], valid[one])
+        nll = mixture_nll(weights[one], hypotheses[one], truth[one], valid[one])
+        assert losses["depth"][b] == depth and losses["nll"][b] == nll
+        assert losses["camera"][b] == 0  # fewer than 100 valid pixels
+        expected = depth + 0.5 * nll + 0.1 * 0.5 * entropy[one].mean()
+        torch.testing.assert_close(losses["total"][b], expected)
+
+
+def test_a_learned_scale_is_a_parameter_per_expert_and_finds_the_noise():
+    """The maximum-likelihood scale of a Laplace distribution is the mean absolute error."""
+    generator = torch.Generator().manual_seed(0)
+    error = torch.randn(1, 1, 40, 40, generator=generator) * 0.3
+    predictions = {"depth_weights": torch.ones(1, 1, 1, 40, 40), "depth_hypotheses": torch.ones(1, 1, 1, 40, 40)}
+    batch = {"depth": error.exp(), "valid": torch.ones(1, 1, 40, 40, dtype=torch.bool)}
+    loss = MixtureNLL(learned_experts=1)
+    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(predictions, batch)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert loss.log_scale.exp().item() == pytest.approx(error.abs().mean().item(), rel=1e-3)

@@ -7,15 +7,16 @@ same at every image size, and no global random state is read or advanced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moe3d.data.sample import Sample, check_frames
+from moe3d.data.sample import Sample, Skipped, check_frames
 from moe3d.data.synthetic.render import Renderer, Sensor, expose
 from moe3d.data.synthetic.scenes import MAX_VIEWS, draw_scene
 
@@ -113,6 +114,8 @@ class SyntheticDataset:
 
     size = (378, 504)
     listed = 10_000
+    has_poses = True
+    max_depth = math.inf
 
     def __init__(self, root: str | PathLike[str] | None = None, split: str | None = None) -> None:
         if root is not None:
@@ -121,13 +124,16 @@ class SyntheticDataset:
         names = [_frame_name(k) for k in range(MAX_VIEWS)]
         count = min(len(self._scenes), self.listed)
         self.sequences = {f"scene-{i:06d}": names for i in range(count)}
+        self.skipped: list[Skipped] = []
 
     def load(self, sequence: str, frames: Sequence[str]) -> SyntheticSample:
         """Render the named frames."""
         check_frames(self.sequences, sequence, frames)
         names = self.sequences[sequence]
         seed = self._scenes.seed(int(sequence.removeprefix("scene-")))
-        return render_scene(seed, self.size, [names.index(name) for name in frames])
+        sample = render_scene(seed, self.size, [names.index(name) for name in frames])
+        valid = sample.valid & (sample.depth < self.max_depth)
+        return replace(sample, valid=valid, depth=torch.where(valid, sample.depth, 0))
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Results appear under their name only when they are whole."""
+"""Files appear under their name only when they are whole: every file that the package writes goes through here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EEXIST, EISDIR, ENOTDIR
 from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file to write, which becomes ``path`` when the block ends and vanishes when it raises.
+
+    Its bytes are on disk before the name changes, so that not even a crash of the machine costs what was there before.
+
+    Yields:
+        The temporary file's path, beside ``path``; it does not exist yet.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    path = Path(path)
+    # Cut, because a name may be as long as the file system allows already.
+    unfinished = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        with unfinished.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -41,6 +65,24 @@ def output_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             _move_files(filled, target)
     finally:
         shutil.rmtree(shelf, ignore_errors=True)
+
+
+def make_folder(target: str | os.PathLike[str]) -> Path | None:
+    """Make a folder with its missing parents.
+
+    Returns:
+        The outermost folder that was made; None if ``target`` was there.
+
+    Raises:
+        OSError: ``target`` or one of its parents is a file, or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    new = _topmost_missing(target)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot be written ({error.strerror})", str(target)) from error
+    return new
 
 
 def _topmost_missing(target: Path) -> Path | None:

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from moe3d.reconstruct import output_folder
+from moe3d.atomic import output_folder, whole_file
 
 
 def _fill(folder, **files):
@@ -19,6 +19,30 @@ def _fill(folder, **files):
 
 def _tree(folder):
     return {str(f.relative_to(folder)): f.read_text() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    (tmp_path / "a.bin").write_text("old")
+    with whole_file(tmp_path / "a.bin") as unfinished:
+        unfinished.write_text("new")
+        assert unfinished.name.startswith(".") and unfinished.name.endswith(".tmp")
+        assert (tmp_path / "a.bin").read_text() == "old"
+    assert _tree(tmp_path) == {"a.bin": "new"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_unfinished_file_leaves_the_old_one(tmp_path, error):
+    (tmp_path / "a.bin").write_text("old")
+    with pytest.raises(type(error)), whole_file(tmp_path / "a.bin") as unfinished:
+        unfinished.write_text("ne")
+        raise error
+    assert _tree(tmp_path) == {"a.bin": "old"}
+
+
+def test_a_file_may_have_the_longest_of_names(tmp_path):
+    with whole_file(tmp_path / ("a" * 255)) as unfinished:
+        unfinished.write_text("1")
+    assert _tree(tmp_path) == {"a" * 255: "1"}
 
 
 def test_a_new_folder_appears_whole_and_with_its_parents(tmp_path):

@@ -1,0 +1,233 @@
+"""``moe3d reconstruct``: photographs or a video to depth, cameras and point clouds that other programs open."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe3d.models import input_width, load_model
+from moe3d.ops.dispatch import AUTO, NAMES
+from moe3d.reconstruct.exports import EXPORTERS, Exporter, export_pictures
+from moe3d.reconstruct.frames import ReconstructedFrame
+from moe3d.reconstruct.points import PointSelection
+from moe3d.reconstruct.run import Job, reconstruct
+from moe3d.viz.pictures import gate_picture
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PATCH = 14
+
+
+def gates(frame: ReconstructedFrame):
+    """The picture of ``gate-png``: each expert's colour, mixed by its weight."""
+    if frame.weights is None:
+        raise ValueError("gate-png needs a model with a mixture-of-experts head, and this one has its stock head")
+    return gate_picture(frame.weights)
+
+
+ALL_EXPORTERS: dict[str, Exporter] = EXPORTERS | {
+    "gate-png": functools.partial(export_pictures, kind="gate", picture=gates)
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="images, folders of images, globs, or videos; all are one scene"
+    )
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write to")
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model",
+        default="mini",
+        metavar="NAME",
+        help="'mini', a name on the Hugging Face hub as facebook/VGGT-1B, or a path (default: %(default)s)",
+    )
+    add(
+        "--head",
+        metavar="PATH",
+        help="a trained MoE head, or 'stock' for the model's own (default: the shipped one for mini, else stock)",
+    )
+    add("--mode", choices=("mean", "argmax", "switch"), help="how the experts are combined (default: the head's own)")
+    add("--experts", action="store_true", help="keep each expert's depth, too")
+    add("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
+    add("--precision", default="auto", choices=("auto", "ieee", "tf32", "bf16"), help="of the head's convolutions")
+    add("--device", default="auto", help="'cpu', 'cuda' or 'cuda:N' (default: a GPU if there is one)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", *DTYPES),
+        help="of the backbone (default: bfloat16 or float16 on GPUs)",
+    )
+    add(
+        "--frames-chunk", type=count, default=8, metavar="N", help="frames the heads see at once (default: %(default)s)"
+    )
+    add(
+        "--width",
+        type=width,
+        metavar="PIXELS",
+        help="of the images that the model gets (default: 336 for mini, else 518)",
+    )
+
+    add = parser.add_argument_group("input").add_argument
+    add(
+        "--fps",
+        type=positive,
+        default=1.0,
+        metavar="F",
+        help="frames per second taken of a video (default: %(default)s)",
+    )
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read, and say which")
+    add("--resume", action="store_true", help="keep the frames that an interrupted run of the same job has finished")
+
+    add = parser.add_argument_group("output").add_argument
+    add(
+        "--export",
+        type=kinds,
+        default="npz,ply,glb",
+        metavar="KINDS",
+        help=f"any of {','.join(ALL_EXPORTERS)} (default: %(default)s)",
+    )
+    add("--points", default="depth", choices=("depth", "head"), help="from depth and camera, or the point head's")
+    add(
+        "--conf-percentile",
+        type=percentile,
+        default=25.0,
+        metavar="P",
+        help="drop the P per cent least confident points (default: %(default)s)",
+    )
+    add(
+        "--edge-filter",
+        type=positive,
+        metavar="T",
+        help="drop points where depth varies by more than T, say 0.03, around them",
+    )
+    add("--max-points", type=count, default=1_000_000, metavar="N", help="keep at most N points (default: %(default)s)")
+    add("--json", action="store_true", help="print a summary as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    device = choose_device(args.device)
+    selection = PointSelection(args.points, args.conf_percentile, args.edge_filter, args.max_points)
+    job = Job(
+        inputs=args.inputs,
+        out=args.out,
+        load=lambda: load(args, device),
+        identity=identity(args),
+        width=lambda model: args.width or input_width(model),
+        fps=args.fps,
+        frames_chunk=args.frames_chunk,
+        dtype=choose_dtype(args.dtype, device),
+        keep_hypotheses=args.experts,
+        skip_unreadable=args.skip_bad,
+        resume=args.resume,
+    )
+    summary = reconstruct(job, selection, {kind: ALL_EXPORTERS[kind] for kind in args.export})
+    summary |= {"model": args.model, "head": args.head, "device": str(device), "dtype": str(job.dtype)[6:]}
+    for note in [*summary["notes"], *(f"skipped: {why}" for why in summary["skipped"].values())]:
+        print(note, file=sys.stderr)
+    print(json.dumps(summary, indent=2) if args.json else as_text(summary))
+
+
+def load(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    model = load_model(
+        args.model, args.head, mode=args.mode, backend=args.backend, precision=args.precision, return_experts=True
+    )
+    return model.to(device)
+
+
+def identity(args: argparse.Namespace) -> dict[str, Any]:
+    """What tells the model and its settings from others."""
+    named = {name: getattr(args, name) for name in ("model", "head", "mode", "precision", "width")}
+    return named | {f"{name}_file": _stamp(named[name]) for name in ("model", "head")}
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises ValueError for a device that PyTorch does not have here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device '{name}' is not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is what VGGT's authors run: bfloat16 on GPUs that have it, float16 on older ones, float32 on CPUs."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    height, width = summary["size"]
+    resumed = f", {summary['resumed']} of them from an earlier run" if summary["resumed"] else ""
+    points = "" if summary["points"] is None else f", {summary['points']:,} points"
+    files = [file for file in summary["files"] if "/" not in file]
+    folders = sorted({str(Path(file).parents[-3]) for file in summary["files"] if "/" in file})
+    lines = [
+        f"{summary['scene']}: {summary['frames']} frames of {height}x{width}{resumed}{points}, "
+        f"{summary['seconds']:.1f} s, at most {summary['peak_memory'] / 2**30:.1f} GiB",
+        *(f"  {Path(summary['out']) / file}" for file in [*files, *(f"{folder}/" for folder in folders)]),
+        f"look at it: moe3d view {summary['out']}",
+    ]
+    return "\n".join(lines)
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got an empty string")
+    return Path(text)
+
+
+def kinds(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in ALL_EXPORTERS:
+            raise argparse.ArgumentTypeError(f"must be of {','.join(ALL_EXPORTERS)}, got '{name}'")
+    return list(dict.fromkeys(names))
+
+
+def number(text: str, kind: Callable, allowed: Callable[[Any], bool], wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not math.isfinite(value) or not allowed(value):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got '{text}'")
+    return value
+
+
+def count(text: str) -> int:
+    return number(text, int, lambda value: value >= 1, "an integer of at least 1")
+
+
+def width(text: str) -> int:
+    return number(text, int, lambda value: value >= PATCH and value % PATCH == 0, f"a positive multiple of {PATCH}")
+
+
+def positive(text: str) -> float:
+    return number(text, float, lambda value: value > 0, "a number above 0")
+
+
+def percentile(text: str) -> float:
+    return number(text, float, lambda value: 0 <= value <= 100, "a number from 0 to 100")
+
+
+def _stamp(name: str | None) -> list[int] | None:
+    """Size and time of the file that an argument may name."""
+    if name is None or not Path(name).is_file():
+        return None
+    stat = Path(name).stat()
+    return [stat.st_size, stat.st_mtime_ns]

@@ -1,0 +1,97 @@
+"""Heads trained from cached features alone: the same scenes, steps and choice of learning rates for whatever head."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from moe3d.nn import MoEHead
+from moe3d.training.features import CachedScenes, FeatureNetwork
+from moe3d.training.networks import Supervised
+from moe3d.training.recipes import Recipe
+from moe3d.training.scenes import Batch
+from moe3d.training.trainer import Trainer, TrainOptions
+
+SWEEP_PART = 0.15  # of the steps, in which every rate is tried
+
+MakeHead = Callable[[nn.Sequential, Recipe, int], nn.Module]
+"""From the pretrained output block, a recipe and a seed."""
+
+
+@dataclass(frozen=True)
+class HeadBudget:
+    """What every head gets."""
+
+    steps: int = 1500
+    batch: int = 1
+    """Scenes per step."""
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Learning rates to choose from."""
+
+
+@dataclass(frozen=True)
+class HeadTrainer:
+    """Trains heads on one cache (see :func:`~moe3d.training.features.cache_scenes`) within one budget."""
+
+    block: nn.Sequential
+    """The pretrained output block that heads begin as."""
+    cache: Path
+    held_out: Sequence[Batch]
+    """Scenes by whose loss learning rates are chosen."""
+    budget: HeadBudget
+
+    def train(self, make: MakeHead, recipe: Recipe, seed: int, rate: float) -> Supervised:
+        """A head after all steps, in eval mode, with its losses; scenes are drawn by the seed."""
+        return self._train(make, recipe, seed, rate, self.budget.steps)
+
+    def sweep(self, make: MakeHead, recipe: Recipe) -> dict[float, float]:
+        """Loss on the scenes held out by learning rate, each after a short run of its own with seed 0."""
+        steps = max(1, round(SWEEP_PART * self.budget.steps))
+        return {rate: self._loss(self._train(make, recipe, 0, rate, steps)) for rate in self.budget.rates}
+
+    def _train(self, make: MakeHead, recipe: Recipe, seed: int, rate: float, steps: int) -> Supervised:
+        network = FeatureNetwork(make(self.block, recipe, seed))
+        supervised = Supervised(network, recipe.objective()).train()
+        options = TrainOptions(
+            steps=steps, batch=self.budget.batch, learning_rate=rate, temperature=recipe.temperature, seed=seed
+        )
+        Trainer(supervised, CachedScenes(self.cache, seed), options).train()
+        return supervised.eval()
+
+    @torch.no_grad()
+    def _loss(self, supervised: Supervised) -> float:
+        return statistics.fmean(float(supervised(batch, 1.0)["total"]) for batch in self.held_out)
+
+
+def best_rate(losses: dict[float, float]) -> float:
+    """The learning rate of the least loss."""
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def mixture_head(block: nn.Sequential, recipe: Recipe, seed: int) -> MoEHead:
+    """The head of a recipe; for one expert it is the block itself."""
+    options = recipe.patch_options(seed)
+    return MoEHead.from_conv_block(block, options.pop("num_experts"), options.pop("gate_hidden"), **options)
+
+
+def into_block(head: MoEHead, block: nn.Sequential) -> None:
+    """Write a trained head of one expert back into the plain block that it was copied from."""
+    block.load_state_dict(
+        {
+            "0.weight": head.expert_w1[0],
+            "0.bias": head.expert_b1[0],
+            "2.weight": head.expert_w2[0, :, :, None, None],
+            "2.bias": head.expert_b2[0],
+        }
+    )
+
+
+def trained_head(supervised: Supervised) -> MoEHead:
+    """The head inside."""
+    return cast(MoEHead, cast(FeatureNetwork, supervised.network).tail)

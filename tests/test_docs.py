@@ -1,0 +1,53 @@
+"""The documentation builds, without a broken link; the examples run; the project's own files agree with each other."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe3d
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+SHORTER = {"train_the_head": ["--steps", "2"]}
+PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md")]
+
+
+def _run(command: list, cwd: Path) -> str:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs_autorefs", reason="needs the extra `docs`")
+    pytest.importorskip("material", reason="needs the extra `docs`")
+    _run(["-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path / "site"], ROOT)
+    reference = (tmp_path / "site" / "reference" / "head" / "index.html").read_text()
+    assert "nats" in reference and ":func:" not in reference  # docstrings are there, and their roles are links
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(example, tmp_path):
+    assert _run([example, *SHORTER.get(example.stem, [])], tmp_path).strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not missing
+
+
+def test_the_changelog_and_the_citation_name_this_version():
+    assert f"## {moe3d.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {moe3d.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -1,0 +1,71 @@
+"""Heads from cached features, the shipped ones among them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from moe3d.integrations import load_head, patched_heads
+from moe3d.models import load_mini
+from moe3d.training import heads, shipped
+from moe3d.training.features import CachedScenes, read_batches
+from moe3d.training.heads import HeadBudget, HeadTrainer, into_block, mixture_head
+from moe3d.training.recipes import BEST, PAPER
+from moe3d.training.shipped import FinetuneOptions
+from moe3d.training.trainer import Trainer
+
+
+@pytest.fixture
+def head_trainer(tiny_model, cache):
+    block = copy.deepcopy(tiny_model.depth_head.scratch.output_conv2)
+    return HeadTrainer(block, cache, read_batches(CachedScenes(cache, 0))[:1], HeadBudget(steps=10, rates=(1e-3, 1e-2)))
+
+
+def test_every_head_meets_the_same_scenes_in_the_same_order(head_trainer, monkeypatch):
+    seen = []
+    take_step = Trainer._take_step
+
+    def remember(self, shares):
+        seen.append([batch["names"] for batch in shares])
+        return take_step(self, shares)
+
+    monkeypatch.setattr(Trainer, "_take_step", remember)
+    for recipe in (PAPER, BEST):
+        head_trainer.train(mixture_head, recipe, 3, 1e-3)
+    assert len(seen) == 20 and seen[:10] == seen[10:]
+    head_trainer.train(mixture_head, BEST, 4, 1e-3)
+    assert seen[20:] != seen[:10]
+
+
+def test_rates_are_compared_by_the_loss_on_the_scenes_held_out(head_trainer):
+    losses = head_trainer.sweep(mixture_head, PAPER)
+    assert set(losses) == {1e-3, 1e-2} and heads.best_rate({1: 0.3, 2: 0.1, 3: 0.2}) == 2
+    supervised = head_trainer._train(mixture_head, PAPER, 0, 1e-2, 2)
+    with torch.no_grad():
+        assert losses[1e-2] == supervised(head_trainer.held_out[0], 1.0)["total"].item()
+
+
+def test_one_expert_goes_back_into_the_plain_block(head_trainer):
+    head = heads.trained_head(head_trainer.train(mixture_head, FinetuneOptions(recipe=PAPER).stock_recipe, 0, 1e-2))
+    block = copy.deepcopy(head_trainer.block)
+    into_block(head, block)
+    again = mixture_head(block, FinetuneOptions().stock_recipe, 0)
+    assert not torch.equal(head.expert_w1[0], head_trainer.block[0].weight)
+    for name, value in head.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_the_shipped_stage_writes_two_files_that_share_everything_but_the_tail(tiny_weights, tmp_path):
+    (tmp_path / "pretrained.safetensors").symlink_to(tiny_weights)
+    budget = HeadBudget(steps=4, rates=(1e-3,))
+    shipped.finetune(tmp_path, FinetuneOptions(budget=budget, size=(56, 84), scenes=2, validation_scenes=1))
+
+    pretrained = load_mini(path=tmp_path / "pretrained.safetensors").state_dict()
+    single = load_mini(path=tmp_path / "mini_single.safetensors").state_dict()
+    changed = {name for name in single if not torch.equal(single[name], pretrained[name])}
+    assert changed == {name for name in single if "output_conv2" in name}
+    moe = load_head(load_mini(path=tmp_path / "mini_single.safetensors"), tmp_path / "mini_moe_head.safetensors")
+    tail = patched_heads(moe)["depth"].tail
+    assert (tail.num_experts, tail.mode) == (BEST.num_experts, BEST.mode) and tail.gate_w2.abs().sum() > 0
