@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class PatchedDPTHead(nn.Module):
     stock_class: type[nn.Module]
     extras: dict[int, dict[str, Tensor]]
     optimize_head: bool
+    head_dtype: torch.dtype | None
 
     @property
     def tail(self) -> MoEHead:
@@ -95,15 +97,21 @@ class PatchedDPTHead(nn.Module):
         images = images[:, frames]
         batch, _, _, height, width = images.shape
         grid = (height // self.patch_size, width // self.patch_size)
-        patches = [tokens[layer][:, frames, patch_start_idx:].flatten(0, 1) for layer in self.intermediate_layer_idx]
-        fused = self._front(patches)(self, patches, grid, width / height)
+        dtype = self.projects[0].weight.dtype  # some backbones give tokens of another one
+        layers = [tokens[layer][:, frames, patch_start_idx:] for layer in self.intermediate_layer_idx]
+        patches = [layer.to(dtype).flatten(0, 1) for layer in layers]
         rows, columns = (int(n * self.patch_size / self.down_ratio) for n in grid)
         size = (rows, columns)
-        pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
         image = images.flatten(0, 1) if self.tail.image_gate is not None else None
-        output = self.tail(fused, size, pos=pos, image=image)
+        with self._arithmetic(images.device.type):
+            fused = self._front(patches)(self, patches, grid, width / height)
+            pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
+            output = self.tail(fused, size, pos=pos, image=image)
         unflattened: list[Any] = [None if o is None else o.unflatten(0, (batch, -1)) for o in output]
         return MoEOutput(*unflattened)
+
+    def _arithmetic(self, device_type: str) -> AbstractContextManager:
+        return nullcontext() if self.head_dtype is None else torch.autocast(device_type, self.head_dtype)
 
     def _front(self, patches: Sequence[Tensor]) -> Callable[..., Tensor]:
         """The fastest of the ways from patch tokens to fused features; they differ in rounding only."""
@@ -151,11 +159,11 @@ def check_head(name: str, head: Any) -> None:
         raise ValueError(f"model.{name}.scratch.output_conv2: {error}") from None
 
 
-def patch_head(head: Any, tail: MoEHead, optimize_head: bool = True) -> None:
+def patch_head(head: Any, tail: MoEHead, optimize_head: bool = True, head_dtype: torch.dtype | None = None) -> None:
     """Swap the class of a checked stock head and put the tail in place of its output block."""
     head.stock_class = type(head)
     head.extras = {}
-    head.optimize_head = optimize_head
+    head.optimize_head, head.head_dtype = optimize_head, head_dtype
     head.scratch.output_conv2 = tail
     head.__class__ = PatchedDPTHead
 
@@ -167,4 +175,4 @@ def unpatch_head(head: Any) -> None:
     head.scratch.output_conv2 = block
     head.__class__ = head.stock_class
     forget(head)
-    del head.stock_class, head.extras, head.optimize_head
+    del head.stock_class, head.extras, head.optimize_head, head.head_dtype

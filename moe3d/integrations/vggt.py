@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe3d.integrations.dpt import PatchedDPTHead, check_head, patch_head, unpatch_head
@@ -29,6 +30,7 @@ def patch_vggt(
     optimize_head: bool = True,
     skip_below: float | None = None,
     seed: int = 0,
+    head_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Give a VGGT-like model mixture-of-experts depth (and point) heads, in place.
 
@@ -46,6 +48,9 @@ def patch_vggt(
         init_noise: of each expert's weights, relative to each tensor's standard deviation.
         optimize_head: let the head's front, tokens to fused features, run in the package's faster order of operations
             (:mod:`moe3d.integrations.front`); the outputs are the same within rounding.
+        head_dtype: torch.bfloat16 or torch.float16 for the heads' convolutions in that type, on parameters that stay as
+            they are; VGGT's own heads fail so. Depths of a random head of VGGT's size then differ by 0.5% RMS and 3% at
+            worst (bfloat16), or 0.06% and 0.3% (float16). For GPUs: on a CPU it saves no time. None: the parameters' type.
         temperature, mode, gap, image_gate, return_experts, backend, precision, skip_below, seed: see
             :class:`~moe3d.nn.MoEHead`.
 
@@ -56,6 +61,8 @@ def patch_vggt(
         ValueError: an unsuitable or already patched model, an argument out of range; the model is then untouched.
     """
     names = _check_heads(heads)
+    if head_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"head_dtype must be None, torch.bfloat16 or torch.float16, got {head_dtype!r}")
     for name in names:
         if not hasattr(model, name):
             raise ValueError(f"model must have a {name} like VGGT's, got {type(model).__name__} without one")
@@ -87,7 +94,7 @@ def patch_vggt(
         for name in names
     }
     for name, tail in tails.items():
-        patch_head(getattr(model, name), tail, optimize_head)
+        patch_head(getattr(model, name), tail, optimize_head, head_dtype)
     _install_hooks(model)
     return model
 

@@ -422,3 +422,46 @@ def test_a_head_without_position_embedding():
     tokens, images = inputs(1, 2)
     expected = call(head, tokens, images)
     torch.testing.assert_close(call(patched_head(head), tokens, images), expected, rtol=1e-4, atol=1e-5)
+
+
+# --- 16 bits ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 5e-3)], ids=str)
+def test_heads_in_16_bits(kind, backend, dtype, bound):
+    head, (tokens, images) = stock_head(kind), inputs(2, 3)
+    expected, state = call(head, tokens, images), copy.deepcopy(head.state_dict())
+    model = moe3d.patch_vggt(HeadAlone(head), init_noise=0.0, head_dtype=dtype, backend=backend)
+    found = call(model.depth_head, tokens, images)
+    assert found.dtype == torch.float32
+    assert 1e-5 < (found - expected).norm() / expected.norm() < bound
+    moe3d.unpatch_vggt(model)
+    assert all(torch.equal(state[name], value) for name, value in model.depth_head.state_dict().items())
+
+
+def test_training_in_16_bits():
+    gradients = []
+    for dtype in (None, torch.bfloat16):
+        head, (tokens, images) = patched_head(head_dtype=dtype), inputs(1, 2)
+        call(head, tokens, images).log().sum().backward()
+        gradients.append(head.scratch.layer1_rn.weight.grad)
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
+
+
+@torch.no_grad()
+def test_a_head_of_another_type_than_its_tokens():
+    """Upstream fails both for a head cast to 16 bits and for a backbone that gives 16 bits (FastVGGT's)."""
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    expected = call(head, tokens, images)
+    low = [t.bfloat16() for t in tokens]
+    torch.testing.assert_close(call(head, low, images), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(call(head.bfloat16(), tokens, images).float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("value", [torch.float64, "bf16", torch.int8])
+def test_other_types_are_refused(value):
+    with pytest.raises(ValueError, match=r"head_dtype must be None, torch.bfloat16 or torch.float16, got "):
+        patched_head(head_dtype=value)
