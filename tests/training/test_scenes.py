@@ -25,7 +25,7 @@ def test_a_scene_is_the_same_whenever_and_by_whomever_it_is_asked_for(live):
 
 
 def test_scenes_of_a_step_have_one_shape_and_steps_differ(live):
-    shapes = {step: {live[step, place]["images"].shape for place in (0, 1)} for step in range(4)}
+    shapes = {step: {live[step, place]["images"].shape for place in (0, 1)} for step in range(3)}
     assert all(len(found) == 1 for found in shapes.values())
     assert {shape[0] for found in shapes.values() for shape in found} == {1, 2}
 
