@@ -275,7 +275,9 @@ class Viewer:
         visible = self._current.visible(self.settings())
         with self.server.atomic():
             for handle, (points, colors) in zip(self._handles, visible, strict=True):
-                handle.points, handle.colors = points, colors
+                handle.visible = len(points) > 0
+                if handle.visible:  # the browser would go on showing the points before no points
+                    handle.points, handle.colors = points, colors
         self._count.content = f"{sum(len(points) for points, _ in visible):,} points"
 
     def _resize_points(self) -> None:
