@@ -270,6 +270,11 @@ class Trainer:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False),
         )
+        if self.accelerator.is_main_process:
+            for cut_short in self._checkpoint.parent.glob(
+                f".{CHECKPOINT}.*.tmp"
+            ):  # of a run that was killed writing it
+                cut_short.unlink()
         self.step = state["step"]
         self._set_unit(state["unit"])
         if self.ema is not None:
