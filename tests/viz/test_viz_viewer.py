@@ -41,7 +41,7 @@ def make_frame(seed: int, mixture: bool = True) -> ReconstructedFrame:
         "stock_depth": depth + np.float32(0.5),
     }
     return ReconstructedFrame(
-        image=np.full((HEIGHT, WIDTH, 3), (230, 40, 40), np.uint8),
+        image=np.full((HEIGHT, WIDTH, 3), (40, 230, 40), np.uint8),
         depth=depth,
         confidence=rng.random((HEIGHT, WIDTH)).astype(np.float32),
         intrinsics=np.array([[30, 0, WIDTH / 2], [0, 40, HEIGHT / 2], [0, 0, 1]], np.float32),
@@ -80,7 +80,7 @@ def test_points_are_those_of_the_chosen_head(scene, clouds):
         points, colors = _shown(clouds, head=head)
         expected = [f.unprojected(d).reshape(-1, 3) for f, d in zip(scene, depths, strict=True)]
         np.testing.assert_array_equal(points, np.concatenate(expected))
-        assert (colors == (230, 40, 40)).all()
+        assert (colors == (40, 230, 40)).all()
 
 
 def test_the_sliders_and_boxes_hide_points(scene, clouds):
@@ -249,8 +249,8 @@ def _wait_for(browser, condition, what):
     _until(lambda: condition(_picture(browser)[:, :450]), f"the browser shows {what}")  # beside the panel
 
 
-def _red(picture):
-    return ((picture[..., 0] > 150) & (picture[..., 1] < 90) & (picture[..., 2] < 90)).sum()
+def _green(picture):
+    return ((picture[..., 1] > 150) & (picture[..., 0] < 90) & (picture[..., 2] < 90)).sum()
 
 
 CLICK = """
@@ -264,7 +264,7 @@ CLICK = """
 
 def test_the_browser_shows_points_and_follows_the_controls(browser, viewer):
     browser.get(viewer.url)
-    _wait_for(browser, lambda picture: _red(picture) > 500, "the red points")
+    _wait_for(browser, lambda picture: _green(picture) > 500, "the green points")
     text = browser.find_element("tag name", "body").text
     for label in (
         "Colour",
@@ -276,12 +276,12 @@ def test_the_browser_shows_points_and_follows_the_controls(browser, viewer):
         "Expert 3",
     ):
         assert label in text
-    # The photographs in the frusta are red, too.
+    # The photographs in the frusta are green, too.
     assert browser.execute_script(CLICK, "^Cameras$") == 1
-    _wait_for(browser, lambda picture: _red(picture) > 100, "the points without cameras")
+    _wait_for(browser, lambda picture: _green(picture) > 100, "the points without cameras")
     for expert in range(EXPERTS):  # one after the other: the browser sends what is settled only
         assert browser.execute_script(CLICK, f"^Expert {expert + 1}$") == 1
         _until(lambda gone=expert: gone not in viewer.settings().experts, f"expert {expert + 1} is switched off")
-    _wait_for(browser, lambda picture: _red(picture) < 50, "that no expert is left")
+    _wait_for(browser, lambda picture: _green(picture) < 50, "that no expert is left")
     assert "0 points" in browser.find_element("tag name", "body").text
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
