@@ -17,7 +17,7 @@ from moe3d.evaluation import Frame, fit_alignment, resize_nearest
 from moe3d.geometry import invert_extrinsics, matrix_to_quaternion
 from moe3d.reconstruct.frames import FrameFolder, ReconstructedFrame
 from moe3d.viz.colors import INVALID, expert_colors
-from moe3d.viz.pictures import depth_picture, depth_range, entropy_picture, error_picture, gate_picture
+from moe3d.viz.pictures import depth_picture, depth_range, entropy_picture, error_picture
 
 LOOPBACK = "127.0.0.1"
 COLORS = ("RGB", "depth", "expert", "entropy", "error")
@@ -67,7 +67,7 @@ class FrameCloud:
         self._colors = {"RGB": dict.fromkeys(HEADS, frame.image[keep])}
         self._colors["depth"] = {head: depth_picture(depth, *near_far)[keep] for head, depth in depths.items()}
         if frame.weights is not None and frame.entropy is not None:
-            experts = gate_picture(frame.weights.astype(np.float32))[keep]
+            experts = expert_colors(len(frame.weights))[self.expert]  # of the most probable one, as the boxes choose
             entropy = entropy_picture(frame.entropy.astype(np.float32), len(frame.weights))[keep]
             self._colors |= {"expert": dict.fromkeys(HEADS, experts), "entropy": dict.fromkeys(HEADS, entropy)}
         if truth is not None:
