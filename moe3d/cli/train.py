@@ -17,6 +17,7 @@ from moe3d.training.recipes import LOSSES, RECIPES, Recipe
 if TYPE_CHECKING:
     from moe3d.training.runs import RunOptions
 
+SHOWN = ("abs_rel", "delta1", "si_f1", "flying_rate")
 MULTIPLE = 14  # of image sizes, the patch size of VGGT's backbone
 
 
@@ -127,7 +128,9 @@ def run(args: argparse.Namespace) -> None:
         from moe3d.training.runs import train
     except ImportError as error:
         raise RuntimeError(f"training needs more packages ({error}): pip install 'moe3d[train]'") from error
-    train(_options(args))
+    metrics = train(_options(args))
+    shown = ", ".join(f"{key} {metrics[key]}" for key in SHOWN if key in metrics)
+    print(f"head: {args.out / 'head.safetensors'}" + (f"; on validation scenes {shown}" if shown else ""))
 
 
 def _options(args: argparse.Namespace) -> RunOptions:

@@ -44,8 +44,8 @@ def set_trainable(model: nn.Module, part: str, cameras: bool) -> None:
 
     Args:
         part: "head" (the mixture), "decoder" (the depth head, and with ``cameras`` the camera head) or "all" (the
-            backbone, too). Heads that no loss reaches stay frozen, and so does what the model itself holds fixed (DINOv2's
-            mask token in VGGT).
+            backbone, too). Heads that no loss reaches stay frozen, and so does what the model itself holds fixed
+            (DINOv2's mask token in VGGT).
     """
     fixed = [p for p in model.parameters() if not p.requires_grad]
     model.requires_grad_(False).eval()

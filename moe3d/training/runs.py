@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate.state import PartialState
 from accelerate.utils import set_seed
@@ -48,9 +49,12 @@ class RunOptions:
     """Of the backbone: bf16 or fp32; None for bf16 on a GPU."""
 
 
-def train(options: RunOptions) -> None:
+def train(options: RunOptions) -> dict[str, float | None]:
     """Train, and write ``head.safetensors`` (see :func:`~moe3d.load_head`); where more than the head has learned,
     also ``model.safetensors``, the model to load it into (see :func:`~moe3d.models.load.load_model`).
+
+    Returns:
+        The last validation's metrics; nothing without one.
 
     Raises:
         ValueError, OSError, RuntimeError: whatever is wrong with model, data or folder; see :class:`Trainer`.
@@ -63,13 +67,22 @@ def train(options: RunOptions) -> None:
     process = PartialState(cpu=on_cpu())
     set_seed(options.train.seed)  # for whatever a model draws; data and initial weights have generators of their own
     model = load_model(options.model, "stock").to(process.device)
-    scenes, held_out = (_scenes(options, validation) for validation in (False, True))
+    scenes = _scenes(options, validation=False)
+    held_out = _scenes(options, validation=True) if options.validation_scenes else None
     network, training, validation = _prepare(options, model, scenes, held_out, process)
     cameras = options.part != "head" and options.recipe.camera_weight > 0
     supervised = Supervised(network, options.recipe.objective(cameras))
-    trainer = Trainer(supervised, training, options.train, options.out, validation, options.resume)
+    trainer = Trainer(supervised, training, options.train, options.out, validation, options.resume, _identity(options))
     trainer.train()
     _export(trainer, options)
+    return trainer.metrics
+
+
+def _identity(options: RunOptions) -> dict[str, Any]:
+    """What a run that is resumed must have been begun with, beside :class:`TrainOptions`."""
+    names = ("datasets", "frames", "model", "part", "precision")
+    cached = {} if options.cache is None else {"cache_scenes": options.cache_scenes}
+    return {name: getattr(options, name) for name in names} | cached | vars(options.recipe)
 
 
 def _scenes(options: RunOptions, validation: bool) -> LiveScenes:
@@ -79,28 +92,29 @@ def _scenes(options: RunOptions, validation: bool) -> LiveScenes:
 
 
 def _prepare(
-    options: RunOptions, model: nn.Module, scenes: LiveScenes, held_out: LiveScenes, process: PartialState
+    options: RunOptions, model: nn.Module, scenes: LiveScenes, held_out: LiveScenes | None, process: PartialState
 ) -> tuple[nn.Module, Dataset, Validation | None]:
     """The network that is trained, its training scenes and its validation: of images, or of cached features."""
-    seed, validate = options.train.seed, options.validation_scenes > 0
+    seed, count = options.train.seed, options.validation_scenes
     if options.cache is not None:
         turns = (process.process_index, process.num_processes)
         cache_scenes(model, scenes, options.cache_scenes, options.cache / "train", *turns)
-        cache_scenes(model, held_out, options.validation_scenes, options.cache / "val", *turns)
+        if held_out is not None:
+            cache_scenes(model, held_out, count, options.cache / "val", *turns)
         process.wait_for_everyone()
     patch_vggt(model, **options.recipe.patch_options(seed))
     set_trainable(model, options.part, options.recipe.camera_weight > 0)
     if options.cache is None:
         on_gpu = process.device.type == "cuda"
         bf16 = options.precision == "bf16" or (options.precision is None and on_gpu)
-        batches = (collate([held_out[i, 0]]) for i in range(options.validation_scenes))
-        return ImageNetwork(model, bf16), scenes, Validation(batches) if validate else None
+        validation = Validation(collate([held_out[i, 0]]) for i in range(count)) if held_out is not None else None
+        return ImageNetwork(model, bf16), scenes, validation
     head = patched_heads(model)["depth"]
     cached = CachedScenes(options.cache / "train", seed, options.cache_scenes)
     network = FeatureNetwork(head.tail, head.pos_embed)
-    if not validate:
+    if held_out is None:
         return network, cached, None
-    return network, cached, Validation(read_batches(CachedScenes(options.cache / "val", 0, options.validation_scenes)))
+    return network, cached, Validation(read_batches(CachedScenes(options.cache / "val", 0, count)))
 
 
 def _export(trainer: Trainer, options: RunOptions) -> None:

@@ -25,8 +25,14 @@ from moe3d.losses import normalise_scale
 from moe3d.training.views import draw_frames, fit_to_size
 
 DEFAULT_SIZES = {"hypersim": (378, 518), "vkitti2": (154, 518), "synthetic": (168, 224)}  # the first two: the paper's
-SPLITS = {"hypersim": ("train", "val"), "synthetic": ("train", "val")}  # for training and for validation
-HELD_OUT = 10  # of a dataset without splits, every tenth sequence is for validation
+SPLITS = {  # for training and for validation; where they are one, or there are none, places are held out
+    "hypersim": ("train", "val"),
+    "synthetic": ("train", "val"),
+    "7scenes": ("train", "train"),
+    "nyuv2": ("train", "train"),
+    "vkitti2": ("train", "train"),
+}
+HELD_OUT = 10  # every tenth place, from the first on, is for validation
 MIN_OVERLAP = 0.1
 ATTEMPTS = 20  # at a scene, before a dataset is given up as unusable
 
@@ -59,20 +65,32 @@ def open_corpus(
         ValueError: as :func:`~moe3d.data.open_dataset`; no size for a dataset without a default one; no sequence
             with so many frames.
     """
-    split = SPLITS.get(name, (None, None))[validation]
-    dataset = open_dataset(name, root, split)
+    splits = SPLITS.get(name, (None, None))
+    dataset = open_dataset(name, root, splits[validation])
     size = size or DEFAULT_SIZES.get(name)
     if size is None:
         raise ValueError(f"size must be given for the dataset '{name}', which has no default one")
     if isinstance(dataset, SyntheticDataset):
         dataset.size = size  # rendered as asked for, not shrunk
     sequences = list(dataset.sequences)
-    if split is None:
-        sequences = [s for i, s in enumerate(sequences) if (i % HELD_OUT == 0) == validation or len(sequences) == 1]
+    if splits[0] == splits[1]:
+        sequences = _places(sequences, validation)
     long_enough = tuple(sequence for sequence in sequences if len(dataset.sequences[sequence]) >= frames)
     if not long_enough:
-        raise ValueError(f"the dataset '{name}' has no sequence with {frames} frames or more")
+        use = "validation" if validation else "training"
+        raise ValueError(f"the dataset '{name}' has no sequence with {frames} frames or more for {use}")
     return Corpus(name, dataset, long_enough, size)
+
+
+def _places(sequences: Sequence[str], validation: bool) -> list[str]:
+    """The sequences of the places that are held out for validation, or of the others.
+
+    A name begins with its place, up to the first underscore: Scene01_fog_Camera_0 shows what Scene01_rain_Camera_1
+    does. A single place is for training.
+    """
+    places = sorted({sequence.split("_")[0] for sequence in sequences})
+    held_out = set(places[::HELD_OUT]) if len(places) > 1 else set()
+    return [sequence for sequence in sequences if (sequence.split("_")[0] in held_out) == validation]
 
 
 class LiveScenes(Dataset):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,6 +72,7 @@ class Trainer:
         folder: for the checkpoint and the log; None for neither.
         validation: metrics on held-out scenes, now and then.
         resume: go on from the folder's checkpoint.
+        identity: what else makes the run this one (data, model, recipe): a checkpoint must have the same.
 
     Raises:
         ValueError: the folder has a checkpoint and ``resume`` is off, or the checkpoint is one of another run.
@@ -85,7 +87,9 @@ class Trainer:
         folder: Path | None = None,
         validation: Validation | None = None,
         resume: bool = False,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
+        self._identity = _plain(dict(identity or {}) | {key: getattr(options, key) for key in _DECISIVE})
         self.accelerator = Accelerator(cpu=on_cpu())
         self.scenes, self.options, self.folder, self.validation = scenes, options, folder, validation
         self.supervised = supervised
@@ -95,6 +99,8 @@ class Trainer:
         self.distributed, self.optimizer = self.accelerator.prepare(supervised, optimizer)
         self.ema = Ema(self._learning(), options.ema) if options.ema else None
         self._measured_unit: float | None = None
+        self.metrics: dict[str, float | None] = {}
+        """Of the last validation."""
         if resume:
             self._resume()
         elif folder is not None and self._checkpoint.exists():
@@ -146,6 +152,7 @@ class Trainer:
         if self.validation is not None and (self.step % options.validate_every == 0 or last):
             with self._averaged_weights():
                 report = self.validation.run(self.distributed, self.accelerator.device)
+            self.metrics = report.metrics
             self.logbook.numbers("validation", report.metrics, self.step)
             self.logbook.pictures(report.pictures, self.step)
         if self.step % options.save_every == 0 or last:
@@ -238,7 +245,7 @@ class Trainer:
         model, optimizer = get_state_dict(self.distributed, self.optimizer.optimizer, options=_WHOLE)
         state = {
             "step": self.step,
-            "options": _plain(asdict(self.options)),
+            "identity": self._identity,
             "model": model,
             "optimizer": optimizer,
             "unit": self._measured_unit,
@@ -252,13 +259,10 @@ class Trainer:
 
     def _resume(self) -> None:
         state = load_checkpoint(self._checkpoint)
-        different = {
-            key: (state["options"].get(key), value)
-            for key, value in _plain(asdict(self.options)).items()
-            if key in _DECISIVE and state["options"].get(key) != value
-        }
-        for key, (there, here) in different.items():
-            raise ValueError(f"{self._checkpoint} is of a run with {key} = {there!r}, and this one has {here!r}")
+        for key, here in self._identity.items():
+            there = state["identity"].get(key)
+            if there != here:
+                raise ValueError(f"{self._checkpoint} is of a run with {key} = {there!r}, and this one has {here!r}")
         set_state_dict(
             self.distributed,
             self.optimizer.optimizer,
@@ -266,6 +270,11 @@ class Trainer:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False),
         )
+        if self.accelerator.is_main_process:
+            for cut_short in self._checkpoint.parent.glob(
+                f".{CHECKPOINT}.*.tmp"
+            ):  # of a run that was killed writing it
+                cut_short.unlink()
         self.step = state["step"]
         self._set_unit(state["unit"])
         if self.ema is not None:
@@ -340,8 +349,9 @@ def warm_up_cosine(progress: float, warm_up: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm_up) / (1 - warm_up))))
 
 
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value.values()) if isinstance(value, dict) else value for key, value in options.items()}
+def _plain(identity: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    return json.loads(json.dumps(identity, default=vars))
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ def _histogram(report: Mapping) -> str:
         counts = np.array(system["error_histogram"]["counts"], dtype=float)
         shares[name] = counts / max(counts.sum(), 1)
         highest = max(highest, float(shares[name].max()))
-    width, height, top, bottom, left = 720, 220, 10, 28, 44
+    width, height, top, bottom, left = 720, 230, 10, 36, 66
     for color, (name, share) in zip(colors, shares.items(), strict=False):
         edges = np.linspace(left, width - 10, len(share) + 1)
         levels = top + (height - top - bottom) * (1 - share / (highest or 1))
@@ -274,7 +274,7 @@ def _histogram(report: Mapping) -> str:
 <svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="Histogram of {ERRORS[task]}">
 <line x1="{left}" x2="{width - 10}" y1="{height - bottom}" y2="{height - bottom}" stroke="currentColor"/>
 {"".join(lines)}{ticks}
-<text x="{left - 6}" y="{top + 8}" text-anchor="end">{highest:.0%}</text>
+<text x="{left - 6}" y="{top + 12}" text-anchor="end">{highest:.0%}</text>
 <text x="{left - 6}" y="{height - bottom}" text-anchor="end">0</text></svg>
 <p class="note">The share of all {ERRORS[task]} that falls in each of {len(next(iter(shares.values())))} equal steps of
 a logarithmic scale; the outermost ones hold the rest.</p></section>"""

@@ -17,7 +17,7 @@ from moe3d.evaluation import Frame, fit_alignment, resize_nearest
 from moe3d.geometry import invert_extrinsics, matrix_to_quaternion
 from moe3d.reconstruct.frames import FrameFolder, ReconstructedFrame
 from moe3d.viz.colors import INVALID, expert_colors
-from moe3d.viz.pictures import depth_picture, depth_range, entropy_picture, error_picture, gate_picture
+from moe3d.viz.pictures import depth_picture, depth_range, entropy_picture, error_picture
 
 LOOPBACK = "127.0.0.1"
 COLORS = ("RGB", "depth", "expert", "entropy", "error")
@@ -67,7 +67,7 @@ class FrameCloud:
         self._colors = {"RGB": dict.fromkeys(HEADS, frame.image[keep])}
         self._colors["depth"] = {head: depth_picture(depth, *near_far)[keep] for head, depth in depths.items()}
         if frame.weights is not None and frame.entropy is not None:
-            experts = gate_picture(frame.weights.astype(np.float32))[keep]
+            experts = expert_colors(len(frame.weights))[self.expert]  # of the most probable one, as the boxes choose
             entropy = entropy_picture(frame.entropy.astype(np.float32), len(frame.weights))[keep]
             self._colors |= {"expert": dict.fromkeys(HEADS, experts), "entropy": dict.fromkeys(HEADS, entropy)}
         if truth is not None:
@@ -275,7 +275,9 @@ class Viewer:
         visible = self._current.visible(self.settings())
         with self.server.atomic():
             for handle, (points, colors) in zip(self._handles, visible, strict=True):
-                handle.points, handle.colors = points, colors
+                handle.visible = len(points) > 0
+                if handle.visible:  # the browser would go on showing the points before no points
+                    handle.points, handle.colors = points, colors
         self._count.content = f"{sum(len(points) for points, _ in visible):,} points"
 
     def _resize_points(self) -> None:

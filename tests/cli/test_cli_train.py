@@ -17,6 +17,8 @@ from moe3d.integrations import load_head, patched_heads
 from moe3d.models import MiniVGGT, load_mini, save_mini
 from moe3d.models.load import load_model
 from moe3d.training.checkpoint import load_checkpoint
+from moe3d.training.trainer import Trainer
+from support.datasets import CASES
 
 STEPS = 16
 REQUIRED = ["train", "--dataset", "synthetic", "--model", "mini", "--out", "out"]
@@ -105,6 +107,28 @@ def test_more_than_the_head_is_trained_on_images_and_loads_by_name(weights, tmp_
     assert patched_heads(model)["depth"].tail.mode == ("switch" if recipe == "best" else "mean")
 
 
+def test_the_papers_datasets_are_trained_on_together_each_at_its_own_size(weights, tmp_path):
+    """Written in their own formats; the two steps' batches are of different datasets."""
+    roots = {name: CASES[name].written(tmp_path / name) for name in ("hypersim", "vkitti2")}
+    split = roots["hypersim"] / "metadata_images_split_scene_v1.csv"
+    split.write_text(split.read_text().replace(",test", ",train"))
+    out = tmp_path / "out"
+    options = "--size 56x84,28x98 --frames 2 --steps 2 --workers 1 --gate-hidden 8 --validation-scenes 0 --seed 1"
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        take_step = Trainer._take_step
+
+        def remember(self, shares):
+            seen.extend((batch["names"][0][0].split("/")[0], tuple(batch["images"].shape[-2:])) for batch in shares)
+            return take_step(self, shares)
+
+        patch.setattr(Trainer, "_take_step", remember)
+        datasets = ["--dataset", ",".join(roots), "--root", ",".join(map(str, roots.values()))]
+        code = main(["train", *datasets, "--model", str(weights), "--out", str(out), *options.split()])
+    assert code == 0 and (out / "head.safetensors").exists()
+    assert set(seen) == {("hypersim", (56, 84)), ("vkitti2", (28, 98))}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,6 +157,10 @@ def test_what_cannot_be_trained_is_told_in_one_sentence(capsys, tmp_path, weight
     cases = [
         ([*command, str(tmp_path / "new"), "--resume"], "there is no checkpoint to resume in"),
         ([*command, str(uninterrupted)], "checkpoint.pt exists: resume the run, or choose another folder"),
+        (
+            [*command, str(uninterrupted), "--resume", "--steps", "16", "--batch", "2", "--recipe", "best"],
+            "is of a run with",
+        ),
         ([*command, str(tmp_path), "--cache-features", "c", "--train", "all"], "train the head, not 'all'"),
         (
             ["train", "--dataset", "nowhere", "--root", "x", "--model", "mini", "--out", str(tmp_path / "a")],

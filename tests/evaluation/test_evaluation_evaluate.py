@@ -26,6 +26,7 @@ from moe3d.evaluation import (
 from moe3d.evaluation.evaluate import HISTOGRAM_EDGES
 from moe3d.evaluation.protocol import scene_of
 from moe3d.models import load_mini
+from support.datasets import CASES
 from support.evaluation import MemoryDataset, MemorySystem, perfect
 
 
@@ -267,6 +268,22 @@ def test_sampling_is_one_of_the_schemes():
 )
 def test_frames_of_one_scene_are_drawn_together(dataset, sequence, frame, scene):
     assert scene_of(dataset, sequence, frame) == scene
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "7scenes"])  # which is large, and like NRGBD
+@pytest.mark.parametrize("task", ["mv", "depth"])
+def test_datasets_on_disk_are_evaluated(case, task, tmp_path):
+    written = CASES[case]
+    dataset = open_dataset(written.name, written.written(tmp_path))
+    chosen = Protocol(task, written.name, align={"mv": "umeyama-icp", "depth": "median"}[task])
+    if task == "mv" and not written.has_poses:
+        with pytest.raises(ValueError, match="need camera poses, and this dataset has none"):
+            evaluate(dataset, [PERFECT], chosen)
+        return
+    report = evaluate(dataset, [PERFECT], chosen)
+    assert report["protocol"]["frames"] == dataset.sequences and written.sequence in dataset.sequences
+    key = {"mv": "acc_mean", "depth": "abs_rel"}[task]
+    assert report["mean"][key] == pytest.approx(0, abs=1e-6) and report["mean"]["coverage"] == 1
 
 
 def test_a_model_sees_whole_images_at_multiples_of_14():

@@ -55,7 +55,8 @@ def perfect(sample: Sample, size: tuple[int, int] | None = None) -> Predictions:
         rows, columns = (np.arange(h) + 0.5) * height / h, (np.arange(w) + 0.5) * width / w
         depth = depth[:, rows.astype(int)][:, :, columns.astype(int)]
         intrinsics = scale_intrinsics(intrinsics, w / width, h / height)
-    arrays = (tensor.double().numpy().copy() for tensor in (depth, intrinsics, sample.extrinsics))
+    extrinsics = torch.eye(3, 4).expand(len(depth), 3, 4) if sample.extrinsics is None else sample.extrinsics
+    arrays = (tensor.double().numpy().copy() for tensor in (depth, intrinsics, extrinsics))
     return Predictions(sample.names, *arrays)
 
 

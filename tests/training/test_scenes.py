@@ -25,7 +25,7 @@ def test_a_scene_is_the_same_whenever_and_by_whomever_it_is_asked_for(live):
 
 
 def test_scenes_of_a_step_have_one_shape_and_steps_differ(live):
-    shapes = {step: {live[step, place]["images"].shape for place in (0, 1)} for step in range(4)}
+    shapes = {step: {live[step, place]["images"].shape for place in (0, 1)} for step in range(3)}
     assert all(len(found) == 1 for found in shapes.values())
     assert {shape[0] for found in shapes.values() for shape in found} == {1, 2}
 
@@ -53,22 +53,30 @@ def test_batches_keep_names_as_lists(live):
 
 
 class Numbers:
-    """A dataset without splits: 25 sequences of as many frames as their number says."""
+    """25 places, each in rain and in fog, with as many frames as their number says."""
 
     has_poses, max_depth, skipped = True, float("inf"), ()
-    sequences: ClassVar = {f"{i:02d}": [str(k) for k in range(i)] for i in range(25)}
+    sequences: ClassVar = {f"{i:02d}_{w}": [str(k) for k in range(i)] for i in range(25) for w in ("rain", "fog")}
 
 
-def test_validation_never_sees_a_training_sequence(monkeypatch):
+def test_validation_never_sees_a_place_of_training(monkeypatch):
     monkeypatch.setattr(module, "open_dataset", lambda name, root, split: Numbers())
     train, val = (set(open_corpus("x", "root", (14, 14), 3, v).sequences) for v in (False, True))
     assert not train & val
-    assert train | val == {f"{i:02d}" for i in range(3, 25)}
-    assert val == {"10", "20"}
-    with pytest.raises(ValueError, match="no sequence with 30 frames"):
+    assert train | val == {name for name in Numbers.sequences if name >= "03"}
+    assert val == {"10_rain", "10_fog", "20_rain", "20_fog"}
+    with pytest.raises(ValueError, match="no sequence with 30 frames or more for training"):
         open_corpus("x", "root", (14, 14), 30)
     with pytest.raises(ValueError, match="size must be given for the dataset 'x'"):
         open_corpus("x", "root", None, 1)
+
+
+@pytest.mark.parametrize(("name", "split"), [("hypersim", "train"), ("7scenes", "train"), ("vkitti2", "train")])
+def test_training_is_never_on_a_test_split(monkeypatch, name, split):
+    opened = []
+    monkeypatch.setattr(module, "open_dataset", lambda *arguments: opened.append(arguments) or Numbers())
+    open_corpus(name, "root", (14, 14), 1)
+    assert opened == [(name, "root", split)]
 
 
 def test_the_papers_sizes_are_the_defaults():

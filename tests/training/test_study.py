@@ -31,6 +31,7 @@ from moe3d.training.study import (
     write_study,
 )
 from moe3d.training.validate import METRICS
+from moe3d.training.views import fit_to_size
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,10 @@ def options(tiny_weights):
 @pytest.fixture(scope="module")
 def folder(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    write_study(folder, options, ["single-l2", "best"])
+    small = fit_to_size(*study.motorcycle(), (126, 168))  # judging it at full size takes most of the time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "motorcycle", lambda: (small,))
+        write_study(folder, options, ["single-l2", "best"])
     return folder
 
 

@@ -51,8 +51,10 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_never_stopped(tiny_weigh
     whole.train()
 
     stop_after(trainer(tiny_weights, cache, options, RECIPE, tmp_path / "parts"), 4)
+    (tmp_path / "parts" / f".{CHECKPOINT}.123.tmp").write_text("what a kill during writing leaves")
     resumed = trainer(tiny_weights, cache, options, RECIPE, tmp_path / "parts", resume=True)
     assert resumed.step == 4
+    assert {file.name for file in (tmp_path / "parts").iterdir()} == {CHECKPOINT, "tensorboard"}
     resumed.train()
     assert_equal(weights(whole), weights(resumed))
     there, here = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "parts"))
