@@ -50,7 +50,7 @@ def patch_vggt(
             (:mod:`moe3d.integrations.front`); the outputs are the same within rounding.
         head_dtype: torch.bfloat16 or torch.float16 for the heads' convolutions in that type, on parameters that stay as
             they are; VGGT's own heads fail so. Depths of a random head of VGGT's size then differ by 0.5% RMS and 3% at
-            worst (bfloat16), or 0.06% and 0.3% (float16). For GPUs: on a CPU it saves no time. None: the parameters' type.
+            worst (bfloat16), or 0.06% and 0.3% (float16). On a CPU it saves no time. None: the parameters' own type.
         temperature, mode, gap, image_gate, return_experts, backend, precision, skip_below, seed: see
             :class:`~moe3d.nn.MoEHead`.
 

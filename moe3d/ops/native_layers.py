@@ -88,7 +88,7 @@ class Winograd:
 
 
 class Cells:
-    """A 3x3 convolution as a product with gathered pixels: of every ``stride``-th one, or of cells of ``scale`` squared."""
+    """A 3x3 convolution as a product with gathered pixels: at every ``stride``-th, or for ``scale`` squared each."""
 
     def __init__(self, taps: Tensor, bias: Tensor, stride: int, scale: int):
         """taps [scale, scale, 3, 3, N, C] of each phase, bias [kinds, kinds, N]; see csrc/decoder.h."""
