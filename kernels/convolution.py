@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moe3d.kernels.numerics import dot, relu, to_operand
+from moe3d.kernels.numerics import dot, largest, relu, to_operand
 
 
 @triton.jit
@@ -37,16 +37,29 @@ def convolve(band, corner, padded_width, weights, first, CHANNELS: tl.constexpr,
 
 
 @triton.jit
-def hidden_group(band, corner, padded_width, w1, b1, first, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-                 BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """relu(conv(F, W1) + b1) for WIDTH hidden channels, as operands [M, WIDTH]."""
+def preactivations(band, corner, padded_width, w1, b1, first, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """conv(F, W1) + b1 for WIDTH hidden channels, [M, WIDTH] float32."""
     acc = convolve(band, corner, padded_width, w1, first, CHANNELS, WIDTH, BLOCK_K, PRECISION)
-    acc += tl.load(b1 + first + tl.arange(0, WIDTH))[None, :]
-    return to_operand(relu(acc), w1.dtype.element_ty, PRECISION)
+    return acc + tl.load(b1 + first + tl.arange(0, WIDTH))[None, :]
 
 
 @triton.jit
-def add_second_layer(z, hidden, w2, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """z + hidden @ w2, [M, COLUMNS], for one group's rows of w2 [N, COLUMNS]."""
-    rows = first + tl.arange(0, WIDTH)
-    return dot(hidden, tl.load(w2 + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]), z, PRECISION)
+def add_second_layer(z, strange, before, w2, feeds, first, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+                     PRECISION: tl.constexpr):  # fmt: skip
+    """z + relu(before) @ w2, [M, COLUMNS], for one group's rows of w2 and ``feeds`` [N, COLUMNS].
+
+    The zeros of w2 between experts would make NaN of NaN or an overflow in any of them. Such a hidden value counts as 0
+    here; ``strange`` counts, for every entry of z, those to which ``feeds`` (0 or 1) connects it: see `confined`.
+    """
+    entry = (first + tl.arange(0, WIDTH))[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    finite = before < largest(w2.dtype.element_ty)
+    strange = tl.dot(tl.where(finite, 0.0, 1.0).to(tl.float16), tl.load(feeds + entry), strange)
+    hidden = to_operand(relu(tl.where(finite, before, 0.0)), w2.dtype.element_ty, PRECISION)
+    return dot(hidden, tl.load(w2 + entry), z, PRECISION), strange
+
+
+@triton.jit
+def confined(z, strange):
+    """NaN where a hidden value that is not finite belongs, and nowhere else."""
+    return tl.where(strange > 0, float("nan"), z)

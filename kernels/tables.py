@@ -26,6 +26,7 @@ class Config(NamedTuple):
     max_width: int  #  of a group of hidden channels
     num_warps: int
     num_stages: int
+    formulation: str = "direct"  # of the forward kernel; "columns" takes tile_width/2 source columns at a time
     splits: int = 16  # of the sum over pixels in the gradient to the 3x3 weights
 
 
