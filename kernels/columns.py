@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from moe3d.kernels.numerics import dot, source_position, to_operand
+from moe3d.kernels.plan import Launch, Precision
 
 
 def strip_width(source: int, target: int, tile_width: int) -> int:
@@ -36,41 +37,57 @@ def first_source(first_column, source_width, width):
     return source_position(tl.maximum(first_column - 1, 0), source_width, width)[0]
 
 
-@triton.jit
-def column_weights(first_column, tap, source_width, width, PX: tl.constexpr):
-    """What source columns from `first_source` on weigh in output columns shifted by a horizontal tap, [PX, PX/2]."""
-    target = first_column + tl.arange(0, PX) + tap - 1
+@triton.jit(do_not_specialize=["strip", "source_width", "width"])
+def _column_table_kernel(table, strip, source_width, width, PX: tl.constexpr, PRECISION: tl.constexpr):
+    """One strip and horizontal tap: what source columns from `first_source` on weigh in the output columns it shifts."""
+    first_column = tl.program_id(0) * strip
+    index = tl.arange(0, PX)
+    target = first_column + index + tl.program_id(1) - 1
     lower, weight = source_position(tl.maximum(target, 0), source_width, width)
     lower -= first_source(first_column, source_width, width)
     lower = tl.where((target >= 0) & (target < width), lower, -2)[:, None]  # the convolution's padding
     source = tl.arange(0, PX // 2)[None, :]
     weight = weight[:, None]
-    return tl.where(source == lower, 1 - weight, tl.where(source == lower + 1, weight, 0.0))
+    weights = tl.where(source == lower, 1 - weight, tl.where(source == lower + 1, weight, 0.0))
+    at = (tl.program_id(0) * 3 + tl.program_id(1)) * (PX * (PX // 2)) + index[:, None] * (PX // 2) + source
+    tl.store(table + at, to_operand(weights, table.dtype.element_ty, PRECISION))
+
+
+def column_table(table, strip: int, source_width: int, width: int, precision: Precision) -> Launch:
+    """Fills ``table`` [strips, 3, PX, PX/2] with the two-tap weights of each strip's columns, left neighbours first."""
+    strips, taps, pixels, _ = table.shape
+    return Launch(
+        kernel=_column_table_kernel,
+        grid=(strips, taps),
+        arguments=dict(
+            table=table, strip=strip, source_width=source_width, width=width, PX=pixels, PRECISION=precision.dot
+        ),
+    )
 
 
 @triton.jit
-def strange_sources(flags, corner, padded_width, first_column, source_width, width, PX: tl.constexpr,
-                    ROWS: tl.constexpr):  # fmt: skip
-    """[PX * ROWS, 1]: above 0 where an output reads a source pixel whose flag is 1."""
-    count = tl.zeros([PX // 2 * ROWS], tl.float32)
-    weights = tl.zeros([PX, PX // 2], tl.float32)
-    for tap in tl.static_range(3):
-        count += tl.load(flags + corner + tap * padded_width)
-        weights += column_weights(first_column, tap, source_width, width, PX)
-    met = (weights > 0).to(tl.float32)[:, :, None] * tl.reshape(count, [PX // 2, ROWS])[None, :, :]
-    return tl.reshape(tl.sum(met, axis=1), [PX * ROWS, 1])
+def strange_sources(flags, row, column, padded_width, source_width, width):
+    """[M]: above 0 where an output pixel reads a source pixel whose flag is 1; rows are the band's."""
+    count = tl.zeros(row.shape, tl.float32)
+    for tap in tl.static_range(9):
+        target = column + tap % 3 - 1
+        inside = (target >= 0) & (target < width)
+        source, weight = source_position(tl.maximum(target, 0), source_width, width)
+        pixel = flags + (row + tap // 3) * padded_width + source + 1
+        count += tl.load(pixel, inside, other=0.0) + tl.load(pixel + 1, inside & (weight > 0), other=0.0)
+    return count
 
 
 @triton.jit
 def commuted_preactivations(band, corner, padded_width, w1, field, row, field_row, field_column, first, first_column,
-                            source_width, width, height, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+                            table, width, height, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
                             PX: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
                             PRECISION: tl.constexpr):  # fmt: skip
     """conv(F, W1) + b1 for WIDTH hidden channels, [PX * ROWS, WIDTH] float32.
 
     ``corner`` [PX/2 * ROWS] is the source pixel under the first row's tap; w1 [N, 3, C/BK, 3, BK], horizontal taps first;
     ``field`` [cases, W, N] float32 what does not depend on x: biases and the convolved column embedding, for the first
-    row, those between, and the last.
+    row, those between, and the last; ``table`` [3, PX, PX/2] the strip's.
     """
     k = tl.arange(0, BLOCK_K)
     channel = first + tl.arange(0, WIDTH)
@@ -92,16 +109,17 @@ def commuted_preactivations(band, corner, padded_width, w1, field, row, field_ro
     columns = first_column + tl.arange(0, PX)[:, None]
     at = case[None, :] * field_row + columns * field_column + (first + tl.arange(0, ROWS * WIDTH) % WIDTH)[None, :]
     acc = tl.load(field + at, columns < width, other=0.0)
-    acc = _interpolate(left, acc, first_column, 0, source_width, width, w1.dtype.element_ty, PX, PRECISION)
-    acc = _interpolate(middle, acc, first_column, 1, source_width, width, w1.dtype.element_ty, PX, PRECISION)
-    acc = _interpolate(right, acc, first_column, 2, source_width, width, w1.dtype.element_ty, PX, PRECISION)
+    acc = _interpolate(left, acc, table, 0, w1.dtype.element_ty, PX, PRECISION)
+    acc = _interpolate(middle, acc, table, 1, w1.dtype.element_ty, PX, PRECISION)
+    acc = _interpolate(right, acc, table, 2, w1.dtype.element_ty, PX, PRECISION)
     return tl.reshape(acc, [PX * ROWS, WIDTH])
 
 
 @triton.jit
-def _interpolate(product, acc, first_column, tap, source_width, width, DTYPE: tl.constexpr, PX: tl.constexpr,
+def _interpolate(product, acc, table, tap, DTYPE: tl.constexpr, PX: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """acc + the columns of a product, interpolated: [PX, ROWS * WIDTH]."""
-    weights = to_operand(column_weights(first_column, tap, source_width, width, PX), DTYPE, PRECISION)
+    at = tap * PX * (PX // 2) + tl.arange(0, PX)[:, None] * (PX // 2) + tl.arange(0, PX // 2)[None, :]
+    weights = tl.load(table + at)
     values = tl.reshape(to_operand(product, DTYPE, PRECISION), [PX // 2, acc.shape[1]])
     return dot(weights, values, acc, PRECISION)

@@ -25,7 +25,7 @@ from moe3d.kernels.tables import Config
 @triton.jit(do_not_specialize=["first_frame", "first_row", "band_rows", "padded_width", "height", "width",
                                 "source_width", "strip", "field_row", "field_column"])  # fmt: skip
 def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, confidence, entropy, weights, hypotheses,
-                    flags, first_frame, first_row, band_rows, padded_width, height, width,
+                    flags, table, first_frame, first_row, band_rows, padded_width, height, width,
                     source_width, strip, field_row, field_column,
                     temperature, log_experts, ratio, skip_below,
                     CHANNELS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
@@ -49,8 +49,9 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
         source_row, source_column, _ = strip_pixels(tl.program_id(1), 0, strip, TILE_W // 2, tile_rows)
         source_column += first_source(left, source_width, width) + 1
         corner = source_row * padded_width + source_column
+        table += tl.program_id(0) * (3 * TILE_W * (TILE_W // 2))
         flags += tl.program_id(2).to(tl.int64) * band_rows * padded_width
-        strange += strange_sources(flags, corner, padded_width, left, source_width, width, TILE_W, tile_rows)
+        strange += strange_sources(flags, row, column, padded_width, source_width, width)[:, None]
     else:
         row, column, corner = tile_pixels(tl.program_id(1), tl.program_id(0), padded_width, M, TILE_W)
         own = row >= 0
@@ -66,7 +67,7 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
         first = group * MAIN_WIDTH
         if COMMUTED:
             before = commuted_preactivations(features, corner, padded_width, w1, b1, top, field_row, field_column, first,
-                                             left, source_width, width, height, CHANNELS, MAIN_WIDTH, TILE_W,
+                                             left, table, width, height, CHANNELS, MAIN_WIDTH, TILE_W,
                                              tile_rows, BLOCK_K, PRECISION)  # fmt: skip
         else:
             before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, MAIN_WIDTH, BLOCK_K,
@@ -93,7 +94,7 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
         if wanted > 0:
             if COMMUTED:
                 before = commuted_preactivations(features, corner, padded_width, w1, b1, top, field_row, field_column, first,
-                                                 left, source_width, width, height, CHANNELS, TAIL_WIDTH, TILE_W,
+                                                 left, table, width, height, CHANNELS, TAIL_WIDTH, TILE_W,
                                                  tile_rows, BLOCK_K, PRECISION)  # fmt: skip
             else:
                 before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, TAIL_WIDTH, BLOCK_K,
@@ -134,6 +135,7 @@ class Commuted(NamedTuple):
 
     field: torch.Tensor  #  [cases, W, N], or the biases [N] alone
     flags: torch.Tensor  #  like the band without channels, float32: 1 where a pixel is not finite
+    table: torch.Tensor  #  [strips, 3, PX, PX/2] operands: see `column_table`
     source_width: int
     strip: int
 
@@ -154,7 +156,7 @@ def forward(features, packed: Packed, gate_logits, outputs, band: Band, mixing: 
             gate_logits=entropy if gate_logits is None else gate_logits, prediction=prediction,
             confidence=entropy if confidence is None else confidence, entropy=entropy,
             weights=entropy if weights is None else weights, hypotheses=entropy if hypotheses is None else hypotheses,
-            flags=field if commuted is None else commuted.flags, COMMUTED=commuted is not None,
+            flags=field if commuted is None else commuted.flags, table=field if commuted is None else commuted.table, COMMUTED=commuted is not None,
             source_width=0 if commuted is None else commuted.source_width, strip=strip,
             field_row=field.stride(0) if field.dim() == 3 else 0,
             field_column=field.stride(1) if field.dim() == 3 else 0,

@@ -41,7 +41,9 @@ def _hidden_gradient_kernel(hidden, grad_z, w2, feeds, sum_w2, sum_b1, sum_b2, f
         zeros = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
         back = dot(operand, w2t, zeros, PRECISION)
         finite = is_finite(operand)
-        if tl.max(tl.max(tl.where(finite, 0, 1), axis=1), axis=0) > 0:  # keep it from the other experts, as `confined` does
+        if (
+            tl.max(tl.max(tl.where(finite, 0, 1), axis=1), axis=0) > 0
+        ):  # keep it from the other experts, as `confined` does
             back = dot(tl.where(finite, operand, 0.0).to(operand.dtype), w2t, zeros, PRECISION)
             reached = tl.dot(tl.where(finite, 0.0, 1.0).to(tl.float16), tl.load(feeds + entry)) > 0
             back = tl.where(reached, float("nan"), back)

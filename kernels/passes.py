@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe3d.kernels.columns import strip_width
+from moe3d.kernels.columns import column_table, strip_width
 from moe3d.kernels.feature_gradient import downsample, feature_gradient
 from moe3d.kernels.forward import Commuted, forward
 from moe3d.kernels.hidden_gradient import hidden_gradient
@@ -95,6 +95,9 @@ def forward_pass(call: Call, outputs: Outputs, config: Config) -> Iterator[Launc
         source_width = call.x.shape[3]
         strip = strip_width(source_width, width, config.tile_width)
         padded_width = source_width + config.tile_width // 2 + BORDER
+        table_shape = (triton.cdiv(width, strip), 3, config.tile_width, config.tile_width // 2)
+        table = call.x.new_empty(table_shape, dtype=call.precision.dtype)
+        yield column_table(table, strip, source_width, width, call.precision)
         field = yield from _field(call, packed, config)
         target, pos_x = (height, source_width), _zeros_like_rows(call.pos_x, source_width)
     else:
@@ -118,7 +121,7 @@ def forward_pass(call: Call, outputs: Outputs, config: Config) -> Iterator[Launc
         how = None
         if commuted:
             flagged = flags.flatten()[: features[..., 0].numel()].view(features.shape[:3]).zero_()
-            how = Commuted(field, flagged, source_width, strip)
+            how = Commuted(field, flagged, table, source_width, strip)
         yield upsample(
             x, pos_x, call.pos_y, features, band.first_row - BORDER, target, call.precision, how and how.flags
         )

@@ -147,6 +147,34 @@ def test_nan_reaches_exactly_its_footprint(skip_below):
         assert torch.equal(got.prediction[~spread], clean.prediction[~spread])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_expert_that_is_not_finite_spoils_no_other(dtype):
+    """A NaN bias, and in float16 also an overflow of one hidden unit; forward, and in the gradients to the others."""
+    p = problem(**SMALL | {"size": (3, 4), "dtype": dtype, "experts": 3})
+    bias = p.tensors["expert_b1"].clone()
+    bias[1, 0] = math.nan if dtype == torch.float32 else 65504.0
+    bad = p.with_tensors(expert_b1=bias, x=p.tensors["x"] * (1.0 if dtype == torch.float32 else 1e4))
+    fine = bad.with_tensors(expert_b1=p.tensors["expert_b1"])
+    leaves = bad.leaves()
+    spoilt, clean = run(leaves, return_experts=True), run(fine, return_experts=True)
+    kept = [0, 2]
+    assert (spoilt.hypotheses[:, 1] != clean.hypotheses[:, 1]).any() and not spoilt.hypotheses[:, 1].isfinite().all()
+    assert torch.equal(spoilt.hypotheses[:, kept], clean.hypotheses[:, kept])
+    assert torch.equal(spoilt.entropy, clean.entropy) and torch.equal(spoilt.weights, clean.weights)
+    if dtype == torch.float32:
+        spoilt.hypotheses.sum().backward()
+        gradient = leaves.tensors["expert_w1"].grad
+        assert gradient[kept].isfinite().all() and gradient[1].isnan().any()
+
+
+def test_a_gate_that_is_not_finite_leaves_the_hypotheses_alone():
+    p = problem(**SMALL | {"size": (3, 4)})
+    bias = p.tensors["gate_b1"].clone()
+    bias[0] = math.nan
+    spoilt, clean = run(p.with_tensors(gate_b1=bias), return_experts=True), run(p, return_experts=True)
+    assert spoilt.weights.isnan().all() and torch.equal(spoilt.hypotheses, clean.hypotheses)
+
+
 def test_extreme_logits_and_temperatures_stay_finite():
     p = problem(**SMALL)
     p = p.with_tensors(gate_logits=200.0 * p.tensors["gate_logits"].sign())
