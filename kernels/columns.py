@@ -1,10 +1,13 @@
-"""The convolution with columns commuted: interpolation and convolution are linear, so the columns may be interpolated last.
+"""The convolution with columns commuted: both it and the interpolation are linear, so columns may be interpolated last.
 
 A band holds rows blended to the output's but columns as in the source. The product over three rows and all channels
-runs at source columns, once for each of the three horizontal taps; what it gives is then interpolated by a small
-product with the two-tap weights. Where the width grows 1.75-fold, that is 1.75 times fewer multiply-adds, plus those of
-the interpolation. A tile is ROWS output rows of PX columns (of which ``strip_width`` are kept) over PX/2 source columns;
-its pixels are ordered with the row fastest, so that [PX/2 * ROWS, WIDTH] is [PX/2, ROWS * WIDTH] without moving a value.
+runs at source columns, once for each of the three horizontal taps; a small product with the two-tap weights then
+interpolates what it gives. Where the width grows 1.75-fold, that is 1.75 times fewer multiply-adds, plus those of the
+interpolation. A tile is ROWS output rows of PX columns (of which ``strip_width`` are kept) over PX/2 source columns.
+Its pixels are ordered with the row fastest: [PX/2 * ROWS, WIDTH] is [PX/2, ROWS * WIDTH] without moving a value.
+
+The weights of 0 that most source columns get would spread NaN over a strip, so the band holds 0 instead of what is not
+finite, and a flag for each such pixel.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ def first_source(first_column, source_width, width):
 
 @triton.jit(do_not_specialize=["strip", "source_width", "width"])
 def _column_table_kernel(table, strip, source_width, width, PX: tl.constexpr, PRECISION: tl.constexpr):
-    """One strip and horizontal tap: what source columns from `first_source` on weigh in the output columns it shifts."""
+    """One strip and horizontal tap: what source columns from `first_source` on weigh in shifted output columns."""
     first_column = tl.program_id(0) * strip
     index = tl.arange(0, PX)
     target = first_column + index + tl.program_id(1) - 1
@@ -85,9 +88,9 @@ def commuted_preactivations(band, corner, padded_width, w1, field, row, field_ro
                             PRECISION: tl.constexpr):  # fmt: skip
     """conv(F, W1) + b1 for WIDTH hidden channels, [PX * ROWS, WIDTH] float32.
 
-    ``corner`` [PX/2 * ROWS] is the source pixel under the first row's tap; w1 [N, 3, C/BK, 3, BK], horizontal taps first;
-    ``field`` [cases, W, N] float32 what does not depend on x: biases and the convolved column embedding, for the first
-    row, those between, and the last; ``table`` [3, PX, PX/2] the strip's.
+    ``corner`` [PX/2 * ROWS] is the source pixel under the upper tap; w1 [N, 3, C/BK, 3, BK] has horizontal taps first;
+    ``field`` [cases, W, N] float32 is what does not depend on x: biases and the convolved column embedding, for the
+    first row, those between, and the last; ``table`` [3, PX, PX/2] is the strip's.
     """
     k = tl.arange(0, BLOCK_K)
     channel = first + tl.arange(0, WIDTH)

@@ -66,8 +66,8 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
     for group in range(MAIN_COUNT):
         first = group * MAIN_WIDTH
         if COMMUTED:
-            before = commuted_preactivations(features, corner, padded_width, w1, b1, top, field_row, field_column, first,
-                                             left, table, width, height, CHANNELS, MAIN_WIDTH, TILE_W,
+            before = commuted_preactivations(features, corner, padded_width, w1, b1, top, field_row, field_column,
+                                             first, left, table, width, height, CHANNELS, MAIN_WIDTH, TILE_W,
                                              tile_rows, BLOCK_K, PRECISION)  # fmt: skip
         else:
             before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, MAIN_WIDTH, BLOCK_K,
@@ -93,8 +93,8 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
             wanted = tl.sum(tl.where(here, reached, 0))
         if wanted > 0:
             if COMMUTED:
-                before = commuted_preactivations(features, corner, padded_width, w1, b1, top, field_row, field_column, first,
-                                                 left, table, width, height, CHANNELS, TAIL_WIDTH, TILE_W,
+                before = commuted_preactivations(features, corner, padded_width, w1, b1, top, field_row, field_column,
+                                                 first, left, table, width, height, CHANNELS, TAIL_WIDTH, TILE_W,
                                                  tile_rows, BLOCK_K, PRECISION)  # fmt: skip
             else:
                 before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, TAIL_WIDTH, BLOCK_K,
@@ -156,7 +156,8 @@ def forward(features, packed: Packed, gate_logits, outputs, band: Band, mixing: 
             gate_logits=entropy if gate_logits is None else gate_logits, prediction=prediction,
             confidence=entropy if confidence is None else confidence, entropy=entropy,
             weights=entropy if weights is None else weights, hypotheses=entropy if hypotheses is None else hypotheses,
-            flags=field if commuted is None else commuted.flags, table=field if commuted is None else commuted.table, COMMUTED=commuted is not None,
+            flags=field if commuted is None else commuted.flags, table=field if commuted is None else commuted.table,
+            COMMUTED=commuted is not None,
             source_width=0 if commuted is None else commuted.source_width, strip=strip,
             field_row=field.stride(0) if field.dim() == 3 else 0,
             field_column=field.stride(1) if field.dim() == 3 else 0,

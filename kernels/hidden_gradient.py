@@ -16,7 +16,8 @@ from moe3d.kernels.plan import Launch, Precision
 
 @triton.jit(do_not_specialize=["first_row", "padded_width", "height", "width", "own_first", "own_last"])
 def _hidden_gradient_kernel(hidden, grad_z, w2, feeds, sum_w2, sum_b1, sum_b2, first_row, padded_width, height,
-                            width, own_first, own_last, N: tl.constexpr, COLUMNS: tl.constexpr, PARAMETERS: tl.constexpr,
+                            width, own_first, own_last,
+                            N: tl.constexpr, COLUMNS: tl.constexpr, PARAMETERS: tl.constexpr,
                             BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A row of pixels x BLOCK_N hidden channels."""
     row_in_band = tl.program_id(0)

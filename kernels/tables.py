@@ -51,8 +51,8 @@ def config(kernel: str, kind: str, capability: tuple[int, int], device_name: str
 
 
 def candidates(kind: str, capability: tuple[int, int], wider: bool) -> dict[str, Config]:
-    """What is raced for the forward kernel, by name: the default, what differs from it in one thing, and commuted columns
-    where the width grows."""
+    """What is raced for the forward kernel, by name: the default, its neighbours, and commuted columns where the width
+    grows."""
     row = _defaults()[architecture(capability)]
     default = Config(**row["forward"][kind])
     options = [
