@@ -17,30 +17,36 @@ def tile_pixels(tile_row, tile_column, padded_width, M: tl.constexpr, TILE_W: tl
 
 @triton.jit
 def convolve(band, corner, padded_width, weights, first, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-             BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr = False):  # fmt: skip
     """sum over nine taps and all channels, [M, WIDTH] float32, for output channels from ``first`` on.
 
-    ``band`` is [pixels, CHANNELS]; ``corner`` [M] the pixel under the first tap; ``weights`` [N, CHANNELS/BK, 9, BK].
+    ``band`` is [pixels, CHANNELS]; ``corner`` [M] the pixel under the first tap; ``weights`` [N, CHANNELS/BK, 9, BK],
+    or with TMA a descriptor of them as [N, 9 * CHANNELS] in blocks [WIDTH, BK].
     A block of channels meets all nine taps in turn, so eight of nine loads of activations find their lines in L1
     (".ca": the asynchronous copies would pass it by otherwise).
     """
     k = tl.arange(0, BLOCK_K)
     a = band + corner[:, None] * CHANNELS + k[None, :]  # [M, BK]
-    b = weights + (first + tl.arange(0, WIDTH))[None, :] * (9 * CHANNELS) + k[:, None]  # [BK, WIDTH], k contiguous
+    if not TMA:
+        b = weights + (first + tl.arange(0, WIDTH))[None, :] * (9 * CHANNELS) + k[:, None]  # [BK, WIDTH], k contiguous
     acc = tl.zeros([corner.shape[0], WIDTH], tl.float32)
     for step in range(9 * CHANNELS // BLOCK_K):
         tap = step % 9
         shift = (tap // 3 * padded_width + tap % 3) * CHANNELS + step // 9 * BLOCK_K
         activations = tl.load(a + shift, cache_modifier=".ca")
-        acc = dot(activations, tl.load(b + step * BLOCK_K), acc, PRECISION)
+        if TMA:
+            block = tl.trans(weights.load([first, step * BLOCK_K]))
+        else:
+            block = tl.load(b + step * BLOCK_K)
+        acc = dot(activations, block, acc, PRECISION)
     return acc
 
 
 @triton.jit
 def preactivations(band, corner, padded_width, w1, b1, first, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr = False):  # fmt: skip
     """conv(F, W1) + b1 for WIDTH hidden channels, [M, WIDTH] float32."""
-    acc = convolve(band, corner, padded_width, w1, first, CHANNELS, WIDTH, BLOCK_K, PRECISION)
+    acc = convolve(band, corner, padded_width, w1, first, CHANNELS, WIDTH, BLOCK_K, PRECISION, TMA)
     return acc + tl.load(b1 + first + tl.arange(0, WIDTH))[None, :]
 
 

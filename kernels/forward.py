@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe3d.kernels.activations import row_sum
 from moe3d.kernels.columns import commuted_preactivations, first_source, strange_sources, strip_pixels
@@ -24,8 +25,9 @@ from moe3d.kernels.tables import Config
 
 @triton.jit(do_not_specialize=["first_frame", "first_row", "band_rows", "padded_width", "height", "width",
                                 "source_width", "strip", "field_row", "field_column"])  # fmt: skip
-def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, confidence, entropy, weights, hypotheses,
-                    flags, table, first_frame, first_row, band_rows, padded_width, height, width,
+def _forward_kernel(features, w1, w1_tail, b1, w2, feeds, b2, gate_logits,
+                    prediction, confidence, entropy, weights, hypotheses, flags, table,
+                    first_frame, first_row, band_rows, padded_width, height, width,
                     source_width, strip, field_row, field_column,
                     temperature, log_experts, ratio, skip_below,
                     CHANNELS: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
@@ -34,7 +36,8 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
                     TAIL_WIDTH: tl.constexpr, TAIL_COUNT: tl.constexpr,
                     ACT: tl.constexpr, CONF: tl.constexpr, MODE: tl.constexpr, HAS_GATE: tl.constexpr,
                     HAS_LOGITS: tl.constexpr, RETURN_EXPERTS: tl.constexpr, SKIP: tl.constexpr,
-                    COMMUTED: tl.constexpr, M: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr,
+                    COMMUTED: tl.constexpr, TMA: tl.constexpr,
+                    M: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     # where this tile is: features in the band's frame of band_rows x padded_width pixels, outputs in whole frames
     frame = first_frame + tl.program_id(2)
@@ -71,7 +74,7 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
                                              tile_rows, BLOCK_K, PRECISION)  # fmt: skip
         else:
             before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, MAIN_WIDTH, BLOCK_K,
-                                    PRECISION)  # fmt: skip
+                                    PRECISION, TMA)  # fmt: skip
         z, strange = add_second_layer(z, strange, before, w2, feeds, first, MAIN_WIDTH, columns, PRECISION)
 
     extra = tl.zeros([M, EXPERTS_PADDED], tl.float32)
@@ -97,8 +100,8 @@ def _forward_kernel(features, w1, b1, w2, feeds, b2, gate_logits, prediction, co
                                                  first, left, table, width, height, CHANNELS, TAIL_WIDTH, TILE_W,
                                                  tile_rows, BLOCK_K, PRECISION)  # fmt: skip
             else:
-                before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, TAIL_WIDTH, BLOCK_K,
-                                        PRECISION)  # fmt: skip
+                before = preactivations(features, corner, padded_width, w1_tail, b1, first, CHANNELS, TAIL_WIDTH,
+                                        BLOCK_K, PRECISION, TMA)  # fmt: skip
             z, strange = add_second_layer(z, strange, before, w2, feeds, first, TAIL_WIDTH, columns, PRECISION)
 
     z = tl.reshape(confined(z, strange), [M, OUTPUTS_PADDED, EXPERTS_PADDED])
@@ -146,13 +149,18 @@ def forward(features, packed: Packed, gate_logits, outputs, band: Band, mixing: 
     """Computes a band's outputs; ``outputs`` are contiguous float32 tensors (None where absent)."""
     strip = config.tile_width if commuted is None else commuted.strip
     field = packed.b1 if commuted is None else commuted.field
+    w1 = w1_tail = packed.w1
+    if config.tma:
+        rows = packed.w1.flatten(1)
+        w1 = TensorDescriptor.from_tensor(rows, [packed.main.width, packed.block_k])
+        w1_tail = TensorDescriptor.from_tensor(rows, [packed.tail.width, packed.block_k])
     prediction, confidence, entropy, weights, hypotheses = outputs
     height, width = entropy.shape[-2:]
     return Launch(
         kernel=_forward_kernel,
         grid=(triton.cdiv(width, strip), triton.cdiv(band.rows, config.tile_height), band.frames),
         arguments=dict(
-            features=features, w1=packed.w1, b1=field, w2=packed.w2, feeds=packed.feeds, b2=packed.b2,
+            features=features, w1=w1, w1_tail=w1_tail, TMA=config.tma, b1=field, w2=packed.w2, feeds=packed.feeds, b2=packed.b2,
             gate_logits=entropy if gate_logits is None else gate_logits, prediction=prediction,
             confidence=entropy if confidence is None else confidence, entropy=entropy,
             weights=entropy if weights is None else weights, hypotheses=entropy if hypotheses is None else hypotheses,

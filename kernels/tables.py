@@ -28,13 +28,14 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     formulation: str = "direct"  # of the forward kernel; "columns" takes tile_width/2 source columns at a time
+    tma: bool = False  # the direct formulation's 3x3 weights come by the tensor memory accelerator (sm_90 and newer)
     splits: int = 16  # of the sum over pixels in the gradient to the 3x3 weights
 
     @property
     def name(self) -> str:
         return (
             f"{self.formulation} {self.tile_height}x{self.tile_width} K{self.block_k} N{self.max_width} "
-            f"{self.num_warps} warps {self.num_stages} stages"
+            f"{self.num_warps} warps {self.num_stages} stages" + " TMA" * self.tma
         )
 
 
@@ -63,6 +64,8 @@ def candidates(kind: str, capability: tuple[int, int], wider: bool) -> dict[str,
         default._replace(block_k=32),
         default._replace(tile_height=2 * default.tile_height, max_width=128),  # half the weights from L2; it may spill
     ]
+    if capability >= (9, 0):
+        options += [default._replace(tma=True), default._replace(tma=True, max_width=128, num_stages=4)]
     if wider:
         columns = Config(**row["columns"][kind])
         options += [columns, columns._replace(num_stages=columns.num_stages + 1)]

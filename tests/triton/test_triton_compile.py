@@ -28,6 +28,7 @@ PRECISIONS = {"half": Precision(torch.bfloat16, "half"), "tf32": Precision(torch
 NO_PRODUCTS = {"_upsample_kernel", "_downsample_kernel", "_column_table_kernel"}
 CASES = [
     *((capability, "half", variant) for capability in SHARED_MEMORY for variant in ("", "skip", "columns")),
+    *((capability, "half", "tma") for capability in (90, 100)),
     *((capability, "tf32", variant) for capability in SHARED_MEMORY for variant in ("", "columns")),
     (90, "ieee", ""),
 ]
@@ -53,10 +54,11 @@ def launches_of(this: passes.Call, capability: int, kind: str, variant: str) -> 
         return tables.config(kernel, kind, (capability // 10, capability % 10), "none")
 
     outputs = passes.new_outputs(this)
-    if variant == "columns":
+    if variant in ("columns", "tma"):
+        chosen = config("columns") if variant == "columns" else config("forward")._replace(tma=True)
         found = [
             launch
-            for launch in passes.forward_pass(this, outputs, config("columns"))
+            for launch in passes.forward_pass(this, outputs, chosen)
             if launch.kernel.__name__ in ("_forward_kernel", "_column_table_kernel") or launch.arguments.get("FLAG")
         ]
         return {launch.kernel.__name__: launch for launch in found}

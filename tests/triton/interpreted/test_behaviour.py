@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import moe3d
-from moe3d.kernels import pack, passes
+from moe3d.kernels import pack, passes, tables
 from support.problems import random_problem
 
 BASE = {"batch": 1, "channels": 16, "hidden": 16, "gate_hidden": 16, "source": (3, 4), "size": (6, 10), "pos": True}
@@ -57,6 +57,20 @@ def assert_equal(a, b):
 def test_layouts_of_x_give_the_same_bits(layout):
     p = problem()
     assert_equal(run(p), run(p.with_tensors(x=layout(p.tensors["x"]))))
+
+
+@pytest.mark.parametrize("skip_below", [0.0, 1e-6])
+def test_weights_through_tma_give_the_same_bits(monkeypatch, tmp_path, skip_below):
+    monkeypatch.setenv("MOE3D_CACHE", str(tmp_path))
+    p = problem(channels=48, experts=2)
+    direct, used = run(p, skip_below=skip_below), []
+    default = tables.config("forward", "ieee", (0, 0), "interpreter")
+    shape = "C48-N48-wider" + "-skip" * (skip_below > 0)
+    tables.choose("forward", "ieee", "interpreter", shape, default._replace(tma=True))
+    original = passes.forward
+    monkeypatch.setattr(passes, "forward", lambda *a: used.append(a[8].tma) or original(*a))
+    assert_equal(direct, run(p, skip_below=skip_below))
+    assert used == [True]
 
 
 def test_bands_give_the_same_outputs_bit_for_bit(monkeypatch):
