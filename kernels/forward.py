@@ -160,7 +160,8 @@ def forward(features, packed: Packed, gate_logits, outputs, band: Band, mixing: 
         kernel=_forward_kernel,
         grid=(triton.cdiv(width, strip), triton.cdiv(band.rows, config.tile_height), band.frames),
         arguments=dict(
-            features=features, w1=w1, w1_tail=w1_tail, TMA=config.tma, b1=field, w2=packed.w2, feeds=packed.feeds, b2=packed.b2,
+            features=features, w1=w1, w1_tail=w1_tail, TMA=config.tma, b1=field,
+            w2=packed.w2, feeds=packed.feeds, b2=packed.b2,
             gate_logits=entropy if gate_logits is None else gate_logits, prediction=prediction,
             confidence=entropy if confidence is None else confidence, entropy=entropy,
             weights=entropy if weights is None else weights, hypotheses=entropy if hypotheses is None else hypotheses,
