@@ -2,7 +2,8 @@
 
 Both passes are generators of launches, so that tests can compile what they cannot run. Workspaces are allocated once
 per call and reused by every band; their size depends on the image's width and on the channels, not on the batch:
-``FORWARD_BYTES`` for the forward pass (half a frame of VGGT's in bfloat16: large enough to hide launches), and
+``FORWARD_BYTES`` for the forward pass (half a frame of VGGT's in bfloat16: large enough to hide launches; commuted
+columns add a float32 flag a pixel, and a table of three rows of hidden channels), and
 ``BACKWARD_BYTES`` for the backward pass, beside the gradients themselves and partial sums of ``splits`` (16) times the
 3x3 weights. An image so wide that one row of tiles needs more gets that row.
 """

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe3d.benchmark.tuning import Tunable
 from moe3d.kernels import passes
 from moe3d.kernels.columns import strip_width
 from moe3d.ops import dispatch
@@ -28,13 +29,25 @@ def chosen(monkeypatch, tmp_path):
 
 
 def choose(p, skip_below=0.0):
-    triton = dispatch._REGISTRY["triton"]
+    backend = dispatch._REGISTRY["triton"]
+    assert isinstance(backend, Tunable)
+    call = call_of(p, skip_below)
+    backend.choose(*call, next(n for n in backend.candidates(*call) if n.startswith("columns")))
+    return p
+
+
+def call_of(p, skip_below=0.0):
     pos = p.pos or (None, None)
     tensors = HeadTensors(*(p.tensors.get(n) for n in HeadTensors._fields[:-2]), *pos)
-    options = HeadOptions(*p.size, 1.0, "exp", "expp1", "mean", 0.3, False, skip_below, "auto")
-    names = [n for n in triton.candidates(tensors, options) if n.startswith("columns")]
-    triton.choose(tensors, options, names[0])
-    return p
+    return tensors, HeadOptions(*p.size, 1.0, "exp", "expp1", "mean", 0.3, False, skip_below, "auto")
+
+
+def test_what_is_chosen_is_what_was_raced():
+    p = choose(random_problem(**BASE, source=(1, 3), size=(2, 6)))
+    raced = dispatch._REGISTRY["triton"].candidates(*call_of(p))
+    got = p.run(backend="triton")
+    names = [n for n, run in raced.items() if torch.equal(run().prediction, got.prediction)]
+    assert names and all(n.startswith("columns") for n in names)
 
 
 @pytest.mark.parametrize(
