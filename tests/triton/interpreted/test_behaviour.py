@@ -181,6 +181,18 @@ def test_an_expert_that_is_not_finite_spoils_no_other(dtype):
         assert gradient[kept].isfinite().all() and gradient[1].isnan().any()
 
 
+@pytest.mark.parametrize("mode", ["argmax", "switch"])
+def test_an_overflowing_expert_that_is_not_chosen_has_no_gradient(mode):
+    p = problem(**SMALL | {"size": (3, 4), "gate_logits": False, "mode": mode})
+    bias, gate = p.tensors["expert_b2"].clone(), torch.tensor([4.0, -0.4])  # 0.012 has a say in "switch"
+    bias[1] = 200.0
+    leaves = p.with_tensors(expert_b2=bias, gate_b2=gate, gate_w2=0 * p.tensors["gate_w2"]).leaves()
+    output = run(leaves)
+    (output.prediction.sum() + output.confidence.sum()).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves.tensors.values())
+    assert not leaves.tensors["expert_w1"].grad[1].any()
+
+
 def test_a_gate_that_is_not_finite_leaves_the_hypotheses_alone():
     p = problem(**SMALL | {"size": (3, 4)})
     bias = p.tensors["gate_b1"].clone()
