@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,8 @@ class TritonBackend(Backend):
         with _current_device(tensors.x):
             call = _call(tensors, options)
             wanted = passes.Gradients(*needs[:10])
-            given = passes.Outputs(*map(_cotangent, cotangents))
+            parts: Any = map(_cotangent, cotangents)
+            given = passes.Outputs(*parts)
             backward = passes.Backward(call, given, wanted, lambda kernel: _config(kernel, call))
             for launch in backward.launches():
                 launch.run()
