@@ -9,14 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe3d.kernels.numerics import dot, to_operand
+from moe3d.kernels.numerics import dot, is_finite, to_operand
 from moe3d.kernels.pack import Packed
 from moe3d.kernels.plan import Launch, Precision
 
 
 @triton.jit(do_not_specialize=["first_row", "padded_width", "height", "width", "own_first", "own_last"])
-def _hidden_gradient_kernel(hidden, grad_z, w2, sum_w2, sum_b1, sum_b2, first_row, padded_width, height, width,
-                            own_first, own_last, N: tl.constexpr, COLUMNS: tl.constexpr, PARAMETERS: tl.constexpr,
+def _hidden_gradient_kernel(hidden, grad_z, w2, feeds, sum_w2, sum_b1, sum_b2, first_row, padded_width, height,
+                            width, own_first, own_last,
+                            N: tl.constexpr, COLUMNS: tl.constexpr, PARAMETERS: tl.constexpr,
                             BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A row of pixels x BLOCK_N hidden channels."""
     row_in_band = tl.program_id(0)
@@ -25,7 +26,8 @@ def _hidden_gradient_kernel(hidden, grad_z, w2, sum_w2, sum_b1, sum_b2, first_ro
     owned = tl.where((row >= own_first) & (row < own_last), visible, 0)  # those that no other band sums
     channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     z_column = tl.arange(0, COLUMNS)  # [Z]
-    w2t = tl.load(w2 + channel[None, :] * COLUMNS + z_column[:, None])  # [Z, N]
+    entry = channel[None, :] * COLUMNS + z_column[:, None]  # [Z, N]
+    w2t = tl.load(w2 + entry)
     grad_w2 = tl.zeros([BLOCK_N, COLUMNS], tl.float32)
     grad_b1 = tl.zeros([BLOCK_N], tl.float32)
     grad_b2 = tl.zeros([COLUMNS], tl.float32)
@@ -37,7 +39,15 @@ def _hidden_gradient_kernel(hidden, grad_z, w2, sum_w2, sum_b1, sum_b2, first_ro
         h = tl.load(hidden + pixel * N + channel[None, :], seen, other=0.0)  # [P, N]
         g = tl.load(grad_z + pixel * COLUMNS + z_column[None, :], seen, other=0.0)  # [P, Z]
         operand = to_operand(g, hidden.dtype.element_ty, PRECISION)
-        back = dot(operand, w2t, tl.zeros([BLOCK_P, BLOCK_N], tl.float32), PRECISION)
+        zeros = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        back = dot(operand, w2t, zeros, PRECISION)
+        finite = is_finite(operand)
+        if (
+            tl.max(tl.max(tl.where(finite, 0, 1), axis=1), axis=0) > 0
+        ):  # keep it from the other experts, as `confined` does
+            back = dot(tl.where(finite, operand, 0.0).to(operand.dtype), w2t, zeros, PRECISION)
+            reached = tl.dot(tl.where(finite, 0.0, 1.0).to(tl.float16), tl.load(feeds + entry)) > 0
+            back = tl.where(reached, float("nan"), back)
         back = tl.where(h <= 0, 0.0, back)  # NaN passes, as through relu
         tl.store(hidden + pixel * N + channel[None, :], to_operand(back, hidden.dtype.element_ty, PRECISION))
         if PARAMETERS:
@@ -67,7 +77,7 @@ def hidden_gradient(hidden, grad_z, packed: Packed, sums, rows: range, own: rang
         kernel=_hidden_gradient_kernel,
         grid=(len(rows), channels // block_n),
         arguments=dict(
-            hidden=hidden, grad_z=grad_z, w2=packed.w2, sum_w2=sum_w2, sum_b1=sum_b1, sum_b2=sum_b2,
+            hidden=hidden, grad_z=grad_z, w2=packed.w2, feeds=packed.feeds, sum_w2=sum_w2, sum_b1=sum_b1, sum_b2=sum_b2,
             first_row=rows.start, padded_width=hidden.shape[1], height=size[0], width=size[1],
             own_first=own.start, own_last=own.stop,
             N=channels, COLUMNS=packed.b2.shape[0], PARAMETERS=sums is not None,

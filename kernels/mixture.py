@@ -111,6 +111,8 @@ def mixture_vjp(z, logits, row, expert, grad_output, grad_weights, grad_hypothes
     grad = tl.where(predicted, activation_vjp(z, tl.where(predicted, grad_values, 0.0), row, predicted, ACT), 0.0)
     if CONF != "none":
         grad = tl.where(row == PREDICTED, confidence_vjp(z, grad_values, CONF), grad)
+    if MODE != "mean":  # what was not chosen may overflow unnoticed
+        grad = tl.where(chosen[:, :, None] & (decode[:, None, :] == 0) & (grad_values == 0), 0.0, grad)
     if HAS_GATE:
         grad_decode = tl.sum(values * grad_output[:, :, None], axis=1)
         # the choice has no slope: there the gate learns from entropy and weights alone

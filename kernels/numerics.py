@@ -66,6 +66,23 @@ def first_target(source, source_size, target_size):
 
 
 @triton.jit
+def is_finite(x):
+    return tl.abs(x.to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def largest(DTYPE: tl.constexpr):
+    """The least float32 value that overflows when it is rounded to an operand."""
+    if DTYPE == tl.float16:
+        limit: tl.constexpr = 65520.0
+    elif DTYPE == tl.bfloat16:
+        limit: tl.constexpr = 3.3961775292304957e38
+    else:
+        limit: tl.constexpr = float("inf")
+    return limit
+
+
+@triton.jit
 def relu(x):
     return tl.where(x <= 0, 0.0, x)  # keeps NaN
 

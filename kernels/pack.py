@@ -39,6 +39,9 @@ class Packed(NamedTuple):
     w1: Tensor  #          [N, C/BK, 9, BK] operands: the order in which the convolution walks over its inputs
     b1: Tensor  #          [N] float32
     w2: Tensor  #          [N, OP*KP] operands: column o*KP + k feeds output o of expert k, row O the gate's logits
+    feeds: (
+        Tensor  #       [N, OP*KP] float16: 1 where a hidden channel belongs to a column's expert (or the gate), else 0
+    )
     b2: Tensor  #          [OP*KP] float32
     position: Tensor  #    [K*Hd + Hg] int64: where each hidden channel (experts first, then the gate) went
     main: Section
@@ -88,6 +91,7 @@ def pack(p: Parameters, precision: Precision, max_width: int, max_block_k: int, 
     block_k = block_of(channels, max_block_k)
     w1, b1 = p.expert_w1.flatten(0, 1), p.expert_b1.flatten()
     w2 = _second_layer(p, experts_padded, outputs_padded)
+    feeds = _second_layer(p._replace(**_ones(p)), experts_padded, outputs_padded)
     b2 = w2.new_zeros(outputs_padded, experts_padded)
     b2[:outputs, :experts] = p.expert_b2.T
     if gate:
@@ -97,6 +101,7 @@ def pack(p: Parameters, precision: Precision, max_width: int, max_block_k: int, 
         w1=operand(walk_order(_scatter(w1.float(), position, padded), block_k), precision),
         b1=_scatter(b1.float(), position, padded),
         w2=operand(_scatter(w2, position, padded), precision),
+        feeds=_scatter(feeds, position, padded).half(),
         b2=b2.flatten(),
         position=position,
         main=main,
@@ -105,6 +110,12 @@ def pack(p: Parameters, precision: Precision, max_width: int, max_block_k: int, 
         outputs_padded=outputs_padded,
         experts_padded=experts_padded,
     )
+
+
+def columns_first(packed: Packed) -> Packed:
+    """The 3x3 weights as :mod:`moe3d.kernels.columns` reads them, [N, 3 columns, C/BK, 3 rows, BK]."""
+    by_tap = packed.w1.unflatten(2, (3, 3))
+    return packed._replace(w1=by_tap.permute(0, 3, 1, 2, 4).contiguous().view_as(packed.w1))
 
 
 def pack_transposed(p: Parameters, packed: Packed, precision: Precision, max_block_k: int) -> Tensor:
@@ -128,6 +139,12 @@ def _second_layer(p: Parameters, experts_padded: int, outputs_padded: int) -> Te
     gate = w2.new_zeros(p.gate_w2.shape[1], outputs_padded, experts_padded)
     gate[:, outputs, :experts] = p.gate_w2.T
     return torch.cat([w2, gate.flatten(1)])
+
+
+def _ones(p: Parameters) -> dict[str, Tensor | None]:
+    """Second layers that only tell which hidden channel belongs to which expert."""
+    gate = None if p.gate_w2 is None else torch.ones_like(p.gate_w2)
+    return {"expert_w2": torch.ones_like(p.expert_w2), "gate_w2": gate}
 
 
 def _scatter(rows: Tensor, position: Tensor, size: int) -> Tensor:

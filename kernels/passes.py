@@ -2,24 +2,26 @@
 
 Both passes are generators of launches, so that tests can compile what they cannot run. Workspaces are allocated once
 per call and reused by every band; their size depends on the image's width and on the channels, not on the batch:
-``FORWARD_BYTES`` for the forward pass (half a frame of VGGT's in bfloat16: large enough to hide launches), and
+``FORWARD_BYTES`` for the forward pass (half a frame of VGGT's in bfloat16: large enough to hide launches; commuted
+columns add a float32 flag a pixel, and a table of three rows of hidden channels), and
 ``BACKWARD_BYTES`` for the backward pass, beside the gradients themselves and partial sums of ``splits`` (16) times the
 3x3 weights. An image so wide that one row of tiles needs more gets that row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from moe3d.kernels.columns import column_table, strip_width
 from moe3d.kernels.feature_gradient import downsample, feature_gradient
-from moe3d.kernels.forward import forward
+from moe3d.kernels.forward import Commuted, forward
 from moe3d.kernels.hidden_gradient import hidden_gradient
-from moe3d.kernels.pack import Cache, Packed, Parameters, pack, pack_transposed
+from moe3d.kernels.pack import Cache, Packed, Parameters, columns_first, operand, pack, pack_transposed
 from moe3d.kernels.plan import Band, Launch, Mixing, Precision, bands, round_up
 from moe3d.kernels.recompute import recompute
 from moe3d.kernels.tables import Config
@@ -50,10 +52,16 @@ class Call(NamedTuple):
 
     @property
     def shape_class(self) -> str:
-        """What the best launch configuration depends on: channels in, hidden channels, whether experts are skipped."""
+        """What the best launch configuration depends on: channels in, hidden channels, whether the width grows, and
+        whether experts are skipped."""
         w1, gate = self.parameters.expert_w1, self.parameters.gate_w1
         n = w1.shape[0] * w1.shape[1] + (0 if gate is None else gate.shape[0])
-        return f"C{w1.shape[2]}-N{n}" + ("-skip" if self.skip_below > 0 else "")
+        return f"C{w1.shape[2]}-N{n}" + "-wider" * self.wider + "-skip" * (self.skip_below > 0)
+
+    @property
+    def wider(self) -> bool:
+        """Whether the width grows so much (1.5-fold) that it can pay to interpolate columns last."""
+        return 2 * (self.size[1] - 1) >= 3 * (self.x.shape[3] - 1) and self.size[1] > 1
 
 
 class Outputs(NamedTuple):
@@ -80,27 +88,68 @@ def new_outputs(call: Call) -> Outputs:
 
 
 def forward_pass(call: Call, outputs: Outputs, config: Config) -> Iterator[Launch]:
-    """Fills ``outputs``."""
+    """Fills ``outputs``, by the formulation that ``config`` names."""
+    commuted = config.formulation == "columns"
     height, width = call.size
     packed = packed_for_forward(call, config)
-    padded_width = round_up(width, config.tile_width) + 2 * BORDER
+    if commuted:
+        source_width = call.x.shape[3]
+        strip = strip_width(source_width, width, config.tile_width)
+        padded_width = source_width + config.tile_width // 2 + BORDER
+        table_shape = (triton.cdiv(width, strip), 3, config.tile_width, config.tile_width // 2)
+        table = call.x.new_empty(table_shape, dtype=call.precision.dtype)
+        yield column_table(table, strip, source_width, width, call.precision)
+        field = yield from _field(call, packed, config)
+        target, pos_x = (height, source_width), _zeros_like_rows(call.pos_x, source_width)
+    else:
+        strip = config.tile_width
+        padded_width = round_up(width, config.tile_width) + 2 * BORDER
+        target, pos_x = call.size, call.pos_x
     row_bytes = padded_width * packed.channels * call.precision.dtype.itemsize
     plan = list(
         bands(
             call.x.shape[0], height, FORWARD_BYTES // row_bytes, 2 * BORDER, config.tile_height,
-            triton.cdiv(width, config.tile_width), call.multiprocessors,
+            triton.cdiv(width, strip), call.multiprocessors,
         )
     )  # fmt: skip
     rows = [round_up(band.rows, config.tile_height) + 2 * BORDER for band in plan]
-    workspace = call.x.new_empty(
-        (max(b.frames for b in plan), max(rows), padded_width, packed.channels), dtype=call.precision.dtype
-    )
+    most = (max(b.frames for b in plan), max(rows), padded_width)
+    workspace = call.x.new_empty((*most, packed.channels), dtype=call.precision.dtype)
+    flags = call.x.new_empty(most, dtype=torch.float32) if commuted else None
     for band, band_rows, x in zip(plan, rows, _channels_last(call.x, plan), strict=True):
-        features = workspace[: band.frames, :band_rows]
-        yield upsample(x, call.pos_x, call.pos_y, features, band.first_row - BORDER, call.size, call.precision)
-        yield forward(
-            features, packed, call.gate_logits, outputs, band, call.mixing, call.skip_below, call.precision, config
+        features = workspace.flatten()[: band.frames * band_rows * padded_width * packed.channels]
+        features = features.view(band.frames, band_rows, padded_width, packed.channels)
+        how = None
+        if commuted:
+            flagged = flags.flatten()[: features[..., 0].numel()].view(features.shape[:3]).zero_()
+            how = Commuted(field, flagged, table, source_width, strip)
+        yield upsample(
+            x, pos_x, call.pos_y, features, band.first_row - BORDER, target, call.precision, how and how.flags
         )
+        yield forward(
+            features, packed, call.gate_logits, outputs, band, call.mixing, call.skip_below, call.precision, config, how
+        )
+
+
+def _field(call: Call, packed: Packed, config: Config) -> Generator[Launch, None, Tensor]:
+    """What the column embedding and the biases give before the ReLU: [cases, W, N] for the first row, those between and
+    the last, or [N] where there is no embedding."""
+    if call.pos_x is None:
+        return packed.b1
+    direct = packed_for_forward(call, config._replace(formulation="direct"))
+    config = config._replace(tile_height=8, tile_width=16, max_width=64)
+    width, half = call.pos_x.shape
+    cases = min(call.size[0], 3)
+    shape = (round_up(cases, config.tile_height) + 2 * BORDER, round_up(width, config.tile_width) + 2 * BORDER)
+    band = call.x.new_zeros((*shape, packed.channels), dtype=call.precision.dtype)
+    band[BORDER : cases + BORDER, BORDER : width + BORDER, :half] = operand(call.pos_x.float(), call.precision)
+    field = call.x.new_empty((cases, width, packed.b1.shape[0]), dtype=torch.float32)
+    yield feature_gradient(band, direct.w1, field, cases, call.precision, config)
+    return field.add_(packed.b1)
+
+
+def _zeros_like_rows(table: Tensor | None, rows: int) -> Tensor | None:
+    return None if table is None else table.new_zeros(rows, table.shape[1])
 
 
 class Gradients(NamedTuple):
@@ -187,7 +236,7 @@ class Backward:
         if sums is None and self.sum_w1 is None and not self.needs.x:
             return
         yield hidden_gradient(
-            self.hidden, self.grad_z, self.packed, sums, rows, own, call.size, precision, self.pixels, num_warps=4
+            self.hidden, self.grad_z, self.packed, sums, rows, own, call.size, precision, self.pixels, num_warps=8
         )
         if self.sum_w1 is not None:
             yield weight_gradient(
@@ -240,10 +289,13 @@ def _packed_for_backward(call: Call, config: Config, transposed: Config) -> tupl
 
 def packed_for_forward(call: Call, config: Config) -> Packed:
     skip = call.skip_below > 0
-    key = ("forward", call.precision, config.max_width, config.block_k, skip, _stream(call.x))
-    return _packed.get(
-        call.parameters, key, lambda: pack(call.parameters, call.precision, config.max_width, config.block_k, skip)
-    )
+    key = ("forward", call.precision, config.max_width, config.block_k, config.formulation, skip, _stream(call.x))
+
+    def make() -> Packed:
+        packed = pack(call.parameters, call.precision, config.max_width, config.block_k, skip)
+        return columns_first(packed) if config.formulation == "columns" else packed
+
+    return _packed.get(call.parameters, key, make)
 
 
 def _stream(x: Tensor) -> int:

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from moe3d.kernels.activations import row_sum
-from moe3d.kernels.convolution import add_second_layer, hidden_group, tile_pixels
+from moe3d.kernels.convolution import add_second_layer, confined, preactivations, tile_pixels
 from moe3d.kernels.mixture import mixture_vjp
+from moe3d.kernels.numerics import relu, to_operand
 from moe3d.kernels.pack import Packed
 from moe3d.kernels.plan import Launch, Mixing, Precision
 from moe3d.kernels.tables import Config
@@ -20,7 +21,7 @@ _COTANGENTS = ("d_prediction", "d_confidence", "d_entropy", "d_weights", "d_hypo
 
 
 @triton.jit(do_not_specialize=["frame", "first_row", "padded_width", "height", "width", "own_first", "own_last"])
-def _recompute_kernel(features, w1, b1, w2, b2, gate_logits,
+def _recompute_kernel(features, w1, b1, w2, feeds, b2, gate_logits,
                       d_prediction, d_confidence, d_entropy, d_weights, d_hypotheses,
                       hidden, grad_z, grad_logits,
                       frame, first_row, padded_width, height, width, own_first, own_last,
@@ -49,18 +50,23 @@ def _recompute_kernel(features, w1, b1, w2, b2, gate_logits,
     channels: tl.constexpr = MAIN_WIDTH * MAIN_COUNT + TAIL_WIDTH * TAIL_COUNT
 
     z = tl.zeros([M, columns], tl.float32) + tl.load(b2 + tl.arange(0, columns))[None, :]
+    strange = tl.zeros([M, columns], tl.float32)
     for group in range(MAIN_COUNT):
         first = group * MAIN_WIDTH
-        h = hidden_group(features, corner, padded_width, w1, b1, first, CHANNELS, MAIN_WIDTH, BLOCK_K, PRECISION)
-        tl.store(hidden + in_band * channels + (first + tl.arange(0, MAIN_WIDTH))[None, :], h, inside)
-        z = add_second_layer(z, h, w2, first, MAIN_WIDTH, columns, PRECISION)
+        before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, MAIN_WIDTH, BLOCK_K,
+                                PRECISION)  # fmt: skip
+        activated = to_operand(relu(before), hidden.dtype.element_ty, PRECISION)
+        tl.store(hidden + in_band * channels + (first + tl.arange(0, MAIN_WIDTH))[None, :], activated, inside)
+        z, strange = add_second_layer(z, strange, before, w2, feeds, first, MAIN_WIDTH, columns, PRECISION)
     for group in range(TAIL_COUNT):
         first = MAIN_COUNT * MAIN_WIDTH + group * TAIL_WIDTH
-        h = hidden_group(features, corner, padded_width, w1, b1, first, CHANNELS, TAIL_WIDTH, BLOCK_K, PRECISION)
-        tl.store(hidden + in_band * channels + (first + tl.arange(0, TAIL_WIDTH))[None, :], h, inside)
-        z = add_second_layer(z, h, w2, first, TAIL_WIDTH, columns, PRECISION)
+        before = preactivations(features, corner, padded_width, w1, b1, first, CHANNELS, TAIL_WIDTH, BLOCK_K,
+                                PRECISION)  # fmt: skip
+        activated = to_operand(relu(before), hidden.dtype.element_ty, PRECISION)
+        tl.store(hidden + in_band * channels + (first + tl.arange(0, TAIL_WIDTH))[None, :], activated, inside)
+        z, strange = add_second_layer(z, strange, before, w2, feeds, first, TAIL_WIDTH, columns, PRECISION)
 
-    z = tl.reshape(z, [M, OUTPUTS_PADDED, EXPERTS_PADDED])
+    z = tl.reshape(confined(z, strange), [M, OUTPUTS_PADDED, EXPERTS_PADDED])
     expert_pixel = (frame * EXPERTS + expert) * plane + pixel  # [M, KP]
     real = inside & (expert < EXPERTS)
     logits = tl.zeros([M, EXPERTS_PADDED], tl.float32)
@@ -111,7 +117,7 @@ def recompute(features, packed: Packed, gate_logits, cotangents, hidden, grad_z,
         kernel=_recompute_kernel,
         grid=(triton.cdiv(width, config.tile_width), triton.cdiv(len(rows), config.tile_height)),
         arguments=dict(
-            features=features, w1=packed.w1, b1=packed.b1, w2=packed.w2, b2=packed.b2,
+            features=features, w1=packed.w1, b1=packed.b1, w2=packed.w2, feeds=packed.feeds, b2=packed.b2,
             gate_logits=features if gate_logits is None else gate_logits,
             **dict(zip(_COTANGENTS, pointers, strict=True)),
             **{name.upper(): c is not None for name, c in zip(_COTANGENTS, cotangents, strict=True)},

@@ -7,6 +7,7 @@ by the GPU's name, to ``$MOE3D_CACHE/triton.json`` (``~/.cache/moe3d/triton.json
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -26,7 +27,16 @@ class Config(NamedTuple):
     max_width: int  #  of a group of hidden channels
     num_warps: int
     num_stages: int
+    formulation: str = "direct"  # of the forward kernel; "columns" takes tile_width/2 source columns at a time
+    tma: bool = False  # the direct formulation's 3x3 weights come by the tensor memory accelerator (sm_90 and newer)
     splits: int = 16  # of the sum over pixels in the gradient to the 3x3 weights
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.formulation} {self.tile_height}x{self.tile_width} K{self.block_k} N{self.max_width} "
+            f"{self.num_warps} warps {self.num_stages} stages" + " TMA" * self.tma
+        )
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -41,19 +51,25 @@ def config(kernel: str, kind: str, capability: tuple[int, int], device_name: str
     return Config(**(tuned or _defaults()[architecture(capability)][kernel][kind]))
 
 
-def candidates(kernel: str, kind: str, capability: tuple[int, int]) -> list[Config]:
-    """What autotuning races: the default first, then its neighbours in tile, stages and warps."""
-    default = Config(**_defaults()[architecture(capability)][kernel][kind])
-    tiles = [(default.tile_height, default.tile_width), (4, 32), (16, 8)]
-    return list(
-        dict.fromkeys(
-            default._replace(tile_height=h, tile_width=w, num_stages=s, max_width=n, block_k=k)
-            for h, w in tiles
-            for s in (default.num_stages, default.num_stages + 1, max(default.num_stages - 1, 2))
-            for n in (default.max_width, 128)
-            for k in (default.block_k, 32)
-        )
-    )
+def candidates(kind: str, capability: tuple[int, int], wider: bool) -> dict[str, Config]:
+    """What is raced for the forward kernel, by name: the default, its neighbours, and commuted columns where the width
+    grows."""
+    row = _defaults()[architecture(capability)]
+    default = Config(**row["forward"][kind])
+    options = [
+        default,
+        *(default._replace(tile_height=h, tile_width=w) for h, w in ((4, 32), (16, 8))),
+        *(default._replace(num_stages=s) for s in (default.num_stages + 1, max(default.num_stages - 1, 2))),
+        default._replace(max_width=128),
+        default._replace(block_k=32),
+        default._replace(tile_height=2 * default.tile_height, max_width=128),  # half the weights from L2; it may spill
+    ]
+    if capability >= (9, 0):
+        options += [default._replace(tma=True), default._replace(tma=True, max_width=128, num_stages=4)]
+    if wider:
+        columns = Config(**row["columns"][kind])
+        options += [columns, columns._replace(num_stages=columns.num_stages + 1)]
+    return {c.name: c for c in options}
 
 
 def autotune_requested() -> bool:
@@ -71,10 +87,15 @@ def tune(kernel: str, kind: str, device_name: str, shape: str, options: Sequence
     if not timed:
         raise RuntimeError(f"none of {len(options)} launch configurations of {kernel!r} ({kind}) runs on {device_name}")
     best = min(timed, key=lambda pair: pair[0])[1]
-    table = _read(user_file())
-    table.setdefault(device_name, {})[f"{kernel}/{kind}/{shape}"] = best._asdict()
-    _write(user_file(), table)
+    choose(kernel, kind, device_name, shape, best)
     return best
+
+
+def choose(kernel: str, kind: str, device_name: str, shape: str, chosen: Config) -> None:
+    """Writes a configuration into the user's table, where later calls find it."""
+    table = copy.deepcopy(_read(user_file()))
+    table.setdefault(device_name, {})[f"{kernel}/{kind}/{shape}"] = chosen._asdict()
+    _write(user_file(), table)
 
 
 def user_file() -> Path:

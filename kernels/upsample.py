@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe3d.kernels.numerics import source_position, to_operand
+from moe3d.kernels.numerics import largest, source_position, to_operand
 from moe3d.kernels.plan import Launch, Precision
 
 
@@ -25,9 +25,9 @@ from moe3d.kernels.plan import Launch, Precision
         "channels",
     ]
 )
-def _upsample_kernel(x, stride_frame, stride_row, stride_column, pos_x, pos_y, features,
+def _upsample_kernel(x, stride_frame, stride_row, stride_column, pos_x, pos_y, features, flags,
                      first_row, rows, padded_width, source_height, source_width, height, width, channels,
-                     PADDED_CHANNELS: tl.constexpr, HAS_POS: tl.constexpr, PRECISION: tl.constexpr,
+                     PADDED_CHANNELS: tl.constexpr, HAS_POS: tl.constexpr, FLAG: tl.constexpr, PRECISION: tl.constexpr,
                      BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
     """One row of BLOCK_W pixels x BLOCK_C channels of one frame."""
     row_in_band = tl.program_id(1)
@@ -60,6 +60,12 @@ def _upsample_kernel(x, stride_frame, stride_row, stride_column, pos_x, pos_y, f
 
     pixel = ((frame * rows + row_in_band) * padded_width + column_in_band) * PADDED_CHANNELS
     stored = (column_in_band < padded_width)[:, None] & (channel < PADDED_CHANNELS)[None, :]
+    if FLAG:  # for a kernel in which columns with weight 0 are multiplied
+        finite = tl.abs(value) < largest(features.dtype.element_ty)
+        strange = tl.max(tl.where(finite, 0, 1), axis=1)
+        at = (frame * rows + row_in_band) * padded_width + column_in_band
+        tl.store(flags + at, tl.full([BLOCK_W], 1.0, tl.float32), (column_in_band < padded_width) & (strange > 0))
+        value = tl.where(finite, value, 0.0)
     operand = to_operand(value, features.dtype.element_ty, PRECISION)
     tl.store(features + pixel[:, None] + channel[None, :], operand, stored)
 
@@ -72,10 +78,12 @@ def _blend(left, stride, weight, mask, right_mask):
     return a * (1 - weight) + b * weight
 
 
-def upsample(x, pos_x, pos_y, features, first_row: int, size: tuple[int, int], precision: Precision) -> Launch:
+def upsample(x, pos_x, pos_y, features, first_row: int, size: tuple[int, int], precision: Precision,
+             flags=None) -> Launch:  # fmt: skip
     """Fills ``features`` [frames, rows, padded width, padded channels] from x [frames, C, h, w], channel stride 1.
 
-    Row 0 of ``features`` is output row ``first_row``, column 0 the border left of the image.
+    Row 0 of ``features`` is output row ``first_row``, column 0 the border left of the image. With ``flags`` (zeros
+    [frames, rows, padded width]) what is not finite becomes 0, and its pixel's flag 1.
     """
     frames, rows, padded_width, padded_channels = features.shape
     block_c = min(128, triton.next_power_of_2(padded_channels))
@@ -87,6 +95,7 @@ def upsample(x, pos_x, pos_y, features, first_row: int, size: tuple[int, int], p
         arguments=dict(
             x=x, stride_frame=x.stride(0), stride_row=x.stride(2), stride_column=x.stride(3),
             pos_x=pos_x if has_pos else x, pos_y=pos_y if has_pos else x, features=features,
+            flags=features if flags is None else flags, FLAG=flags is not None,
             first_row=first_row, rows=rows, padded_width=padded_width,
             source_height=x.shape[2], source_width=x.shape[3], height=size[0], width=size[1], channels=x.shape[1],
             PADDED_CHANNELS=padded_channels, HAS_POS=has_pos, PRECISION=precision.dot, BLOCK_W=block_w, BLOCK_C=block_c,

@@ -10,6 +10,9 @@ import contextlib
 import importlib.metadata
 import os
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +61,40 @@ class TritonBackend(Backend):
         with _current_device(tensors.x):
             call = _call(tensors, options)
             wanted = passes.Gradients(*needs[:10])
-            given = passes.Outputs(*map(_cotangent, cotangents))
+            parts: Any = map(_cotangent, cotangents)
+            given = passes.Outputs(*parts)
             backward = passes.Backward(call, given, wanted, lambda kernel: _config(kernel, call))
             for launch in backward.launches():
                 launch.run()
             return HeadTensors(**backward.gradients()._asdict(), pos_x=None, pos_y=None)
+
+    def candidates(self, tensors: HeadTensors, options: HeadOptions) -> dict[str, Callable[[], MoEOutput]]:
+        """The formulations and launch configurations that ``make gpu`` races: see :mod:`moe3d.benchmark.tuning`."""
+        from moe3d.kernels import passes
+
+        call = _call(tensors, options)
+
+        def run(config) -> MoEOutput:
+            with _current_device(tensors.x):
+                outputs = passes.new_outputs(call)
+                _run_forward(call, outputs, config)
+            return MoEOutput(*outputs)
+
+        return {name: partial(run, config) for name, config in _candidates(call).items()}
+
+    def choose(self, tensors: HeadTensors, options: HeadOptions, candidate: str) -> None:
+        """Write a candidate into the user's launch table, for calls of this kind on this GPU."""
+        from moe3d.kernels import tables
+
+        call = _call(tensors, options)
+        name = _gpu(call.x.device)[1]
+        tables.choose("forward", call.precision.kind, name, call.shape_class, _candidates(call)[candidate])
+
+
+def _candidates(call):
+    from moe3d.kernels import tables
+
+    return tables.candidates(call.precision.kind, _gpu(call.x.device)[0], call.wider)
 
 
 def _call(t: HeadTensors, options: HeadOptions):
@@ -147,11 +179,11 @@ def _forward_config(call, outputs):
 
     from moe3d.kernels import tables
 
-    capability, name = _gpu(call.x.device)
+    name = _gpu(call.x.device)[1]
     kind, shape = call.precision.kind, call.shape_class
     tunable = call.x.is_cuda and not torch.cuda.is_current_stream_capturing() and tables.autotune_requested()
     if tunable and not tables.is_tuned("forward", kind, name, shape):
-        options = tables.candidates("forward", kind, capability)
+        options = list(_candidates(call).values())
         tables.tune("forward", kind, name, shape, options, lambda c: do_bench(lambda: _run_forward(call, outputs, c)))
     return _config("forward", call, shape)
 

@@ -12,6 +12,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 _MATRIX = re.compile(r"\b(HGMMA|HMMA|QGMMA|UTC\w*MMA)\b")
@@ -31,6 +32,9 @@ def compile_launch(launch, capability: int) -> Report:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constexprs[parameter.name] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype][1:]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _TYPES[value.dtype]
             attrs[(index,)] = [["tt.divisibility", 16]]

@@ -25,15 +25,17 @@ TABLE = Path(__file__).with_name("compiled.json")
 SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 PRECISIONS = {"half": Precision(torch.bfloat16, "half"), "tf32": Precision(torch.float32, "tf32"),
               "ieee": Precision(torch.float32, "ieee")}  # fmt: skip
-NO_PRODUCTS = {"_upsample_kernel", "_downsample_kernel"}
+NO_PRODUCTS = {"_upsample_kernel", "_downsample_kernel", "_column_table_kernel"}
 CASES = [
-    *((capability, "half", skip) for capability in SHARED_MEMORY for skip in (False, True)),
-    *((capability, "tf32", False) for capability in SHARED_MEMORY),
-    (90, "ieee", False),
+    *((capability, "half", variant) for capability in SHARED_MEMORY for variant in ("", "skip", "columns")),
+    *((capability, "half", "tma") for capability in (90, 100)),
+    *((capability, "tf32", "") for capability in SHARED_MEMORY),
+    (90, "tf32", "columns"),
+    (90, "ieee", ""),
 ]
 
 
-def call(precision: Precision, skip: bool) -> passes.Call:
+def call(precision: Precision, variant: str) -> passes.Call:
     """VGGT's tail with the paper's budget: C = 128, K = 4 experts of 32, a gate of 128."""
     w1, gate = torch.zeros(4, 32, 128, 3, 3), torch.zeros(128, 128, 3, 3)
     parameters = Parameters(w1, w1[..., 0, 0, 0], torch.zeros(4, 2, 32), torch.zeros(4, 2),
@@ -42,37 +44,46 @@ def call(precision: Precision, skip: bool) -> passes.Call:
         x=torch.zeros(1, 128, 5, 5, dtype=precision.dtype).contiguous(memory_format=torch.channels_last),
         parameters=parameters, gate_logits=None, pos_x=torch.zeros(18, 64), pos_y=torch.zeros(9, 64), size=(9, 18),
         mixing=Mixing(4, 2, "exp", "expp1", "mean", 1.0, 0.3, True), return_experts=False,
-        skip_below=1e-6 if skip else 0.0, precision=precision, multiprocessors=132,
+        skip_below=1e-6 if variant == "skip" else 0.0, precision=precision, multiprocessors=132,
     )  # fmt: skip
 
 
-def launches_of(this: passes.Call, capability: int, kind: str) -> dict[str, Launch]:
-    """One launch of each kernel; backward knows no skipping."""
+def launches_of(this: passes.Call, capability: int, kind: str, variant: str) -> dict[str, Launch]:
+    """One launch of each kernel that the variant has to itself; the backward pass has one variant."""
 
     def config(kernel: str) -> tables.Config:
         return tables.config(kernel, kind, (capability // 10, capability % 10), "none")
 
     outputs = passes.new_outputs(this)
-    found = list(passes.forward_pass(this, outputs, config("forward")))
-    if not this.skip_below:
-        found += passes.Backward(this, outputs, passes.Gradients(*[True] * 9, False), config).launches()
-    return {launch.kernel.__name__: launch for launch in found}
+    if variant:
+        chosen = config("columns" if variant == "columns" else "forward")._replace(tma=variant == "tma")
+        found = [
+            launch
+            for launch in passes.forward_pass(this, outputs, chosen)
+            if launch.kernel.__name__ in ("_forward_kernel", "_column_table_kernel") or launch.arguments.get("FLAG")
+        ]
+        return {launch.kernel.__name__: launch for launch in found}
+    forward = passes.forward_pass(this, outputs, config("forward"))
+    backward = passes.Backward(this, outputs, passes.Gradients(*[True] * 9, False), config).launches()
+    return {launch.kernel.__name__: launch for launch in (*forward, *backward)}
 
 
-def reports(capability: int, kind: str, skip: bool) -> dict[str, Report]:
-    found = launches_of(call(PRECISIONS[kind], skip), capability, kind)
+def reports(capability: int, kind: str, variant: str) -> dict[str, Report]:
+    found = launches_of(call(PRECISIONS[kind], variant), capability, kind, variant)
     return {name: compile_launch(launch, capability) for name, launch in found.items()}
 
 
-def key(capability: int, kind: str, skip: bool) -> str:
-    return f"sm_{capability}/{kind}" + ("/skip" if skip else "")
+def key(capability: int, kind: str, variant: str) -> str:
+    return "/".join(part for part in (f"sm_{capability}", kind, variant) if part)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: key(*case))
 def test_compiled_kernels(case):
     capability, kind, _ = case
     table = json.loads(TABLE.read_text())
-    for name, report in reports(*case).items():
+    compiled = reports(*case)
+    assert "_forward_kernel" in compiled
+    for name, report in compiled.items():
         assert report.spills == 0, (name, report)
         assert report.registers > 32, f"{name} was compiled to a stub: {report}"
         assert report.shared <= SHARED_MEMORY[capability], (name, report)
@@ -84,9 +95,9 @@ def test_compiled_kernels(case):
 
 def test_sizes_of_one_compile():
     """Triton makes a constant of an integer that is 1, and constants lack the methods of tensors."""
-    this = call(PRECISIONS["half"], skip=False)._replace(size=(1, 1), pos_x=None, pos_y=None)
+    this = call(PRECISIONS["half"], "")._replace(size=(1, 1), pos_x=None, pos_y=None)
     this = this._replace(x=this.x[:, :, :1, :1])
-    for launch in launches_of(this, 90, "half").values():
+    for launch in launches_of(this, 90, "half", "").values():
         assert compile_launch(launch, 90).registers > 32
 
 

@@ -25,18 +25,29 @@ def test_row_of_an_architecture(capability, row):
 
 def test_every_row_is_complete():
     table = json.loads(tables.DEFAULTS.read_text())
-    kernels = {"forward", "recompute", "feature_gradient", "weight_gradient"}
+    kernels = {"forward", "columns", "recompute", "feature_gradient", "weight_gradient"}
     for row in table.values():
         assert set(row) == kernels
         for kinds in row.values():
             assert set(kinds) == {"half", "tf32", "ieee"}
             assert all(tables.Config(**entry) for entry in kinds.values())
+        for kernel, kinds in row.items():  # what is not chosen for a class of shapes must serve every shape
+            formulation = "columns" if kernel == "columns" else "direct"
+            assert {tables.Config(**entry).formulation for entry in kinds.values()} == {formulation}
+
+
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+def test_columns_are_raced_only_where_the_width_grows(kind):
+    for wider in (False, True):
+        found = tables.candidates(kind, (9, 0), wider)
+        assert [c.name for c in found.values()] == list(found)
+        assert ("columns" in {c.formulation for c in found.values()}) == wider
 
 
 def test_tuning_writes_the_fastest_that_runs(user_file):
     from triton.runtime.errors import OutOfResources
 
-    options = tables.candidates("forward", "half", (9, 0))
+    options = list(tables.candidates("half", (9, 0), True).values())
     default = tables.config("forward", "half", (9, 0), "Some GPU", "C128-N256")
     assert options[0] == default and len(set(options)) == len(options)
 
@@ -61,4 +72,4 @@ def test_nothing_that_runs_is_an_error(user_file):
         raise OutOfResources(1, 0, "shared memory")
 
     with pytest.raises(RuntimeError, match="Some GPU"):
-        tables.tune("forward", "half", "Some GPU", "any", tables.candidates("forward", "half", (8, 0)), time)
+        tables.tune("forward", "half", "Some GPU", "any", list(tables.candidates("half", (8, 0), True).values()), time)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import moe3d
-from moe3d.kernels import pack, passes
+from moe3d.kernels import pack, passes, tables
 from support.problems import random_problem
 
 BASE = {"batch": 1, "channels": 16, "hidden": 16, "gate_hidden": 16, "source": (3, 4), "size": (6, 10), "pos": True}
@@ -57,6 +57,20 @@ def assert_equal(a, b):
 def test_layouts_of_x_give_the_same_bits(layout):
     p = problem()
     assert_equal(run(p), run(p.with_tensors(x=layout(p.tensors["x"]))))
+
+
+@pytest.mark.parametrize("skip_below", [0.0, 1e-6])
+def test_weights_through_tma_give_the_same_bits(monkeypatch, tmp_path, skip_below):
+    monkeypatch.setenv("MOE3D_CACHE", str(tmp_path))
+    p = problem(channels=48, experts=2)
+    direct, used = run(p, skip_below=skip_below), []
+    default = tables.config("forward", "ieee", (0, 0), "interpreter")
+    shape = "C48-N48-wider" + "-skip" * (skip_below > 0)
+    tables.choose("forward", "ieee", "interpreter", shape, default._replace(tma=True))
+    original = passes.forward
+    monkeypatch.setattr(passes, "forward", lambda *a: used.append(a[8].tma) or original(*a))
+    assert_equal(direct, run(p, skip_below=skip_below))
+    assert used == [True]
 
 
 def test_bands_give_the_same_outputs_bit_for_bit(monkeypatch):
@@ -145,6 +159,46 @@ def test_nan_reaches_exactly_its_footprint(skip_below):
     assert torch.equal(got.prediction.isnan(), spread) and torch.equal(got.entropy.isnan(), spread[:, 0])
     if not skip_below:
         assert torch.equal(got.prediction[~spread], clean.prediction[~spread])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_expert_that_is_not_finite_spoils_no_other(dtype):
+    """A NaN bias, and in float16 also an overflow of one hidden unit; forward, and in the gradients to the others."""
+    p = problem(**SMALL | {"size": (3, 4), "dtype": dtype, "experts": 3})
+    bias = p.tensors["expert_b1"].clone()
+    bias[1, 0] = math.nan if dtype == torch.float32 else 65504.0
+    bad = p.with_tensors(expert_b1=bias, x=p.tensors["x"] * (1.0 if dtype == torch.float32 else 1e4))
+    fine = bad.with_tensors(expert_b1=p.tensors["expert_b1"])
+    leaves = bad.leaves()
+    spoilt, clean = run(leaves, return_experts=True), run(fine, return_experts=True)
+    kept = [0, 2]
+    assert (spoilt.hypotheses[:, 1] != clean.hypotheses[:, 1]).any() and not spoilt.hypotheses[:, 1].isfinite().all()
+    assert torch.equal(spoilt.hypotheses[:, kept], clean.hypotheses[:, kept])
+    assert torch.equal(spoilt.entropy, clean.entropy) and torch.equal(spoilt.weights, clean.weights)
+    if dtype == torch.float32:
+        spoilt.hypotheses.sum().backward()
+        gradient = leaves.tensors["expert_w1"].grad
+        assert gradient[kept].isfinite().all() and gradient[1].isnan().any()
+
+
+@pytest.mark.parametrize("mode", ["argmax", "switch"])
+def test_an_overflowing_expert_that_is_not_chosen_has_no_gradient(mode):
+    p = problem(**SMALL | {"size": (3, 4), "gate_logits": False, "mode": mode})
+    bias, gate = p.tensors["expert_b2"].clone(), torch.tensor([4.0, -0.4])  # 0.012 has a say in "switch"
+    bias[1] = 200.0
+    leaves = p.with_tensors(expert_b2=bias, gate_b2=gate, gate_w2=0 * p.tensors["gate_w2"]).leaves()
+    output = run(leaves)
+    (output.prediction.sum() + output.confidence.sum()).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves.tensors.values())
+    assert not leaves.tensors["expert_w1"].grad[1].any()
+
+
+def test_a_gate_that_is_not_finite_leaves_the_hypotheses_alone():
+    p = problem(**SMALL | {"size": (3, 4)})
+    bias = p.tensors["gate_b1"].clone()
+    bias[0] = math.nan
+    spoilt, clean = run(p.with_tensors(gate_b1=bias), return_experts=True), run(p, return_experts=True)
+    assert spoilt.weights.isnan().all() and torch.equal(spoilt.hypotheses, clean.hypotheses)
 
 
 def test_extreme_logits_and_temperatures_stay_finite():
