@@ -41,6 +41,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
+        module.unlink(missing_ok=True)  # an earlier build's must not stand in for one that fails
         reason = None
         try:
             self.cmake(module)
@@ -52,6 +53,7 @@ class BuildNative(build_ext):
         write_record(module.parent, cpu=reason, cuda=NO_CUDA)
 
     def cmake(self, module: Path) -> None:
+        import ninja
         import pybind11
 
         build = Path(self.build_temp).resolve()
@@ -61,6 +63,8 @@ class BuildNative(build_ext):
             f"-DMOE3D_VERSION={self.distribution.get_version()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            # pip's last build environment, which the cache remembers, is gone
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
         ]
         run(configure)

@@ -24,7 +24,7 @@ def _mini(mode: str, device: str) -> list[tuple[Case, Effort]]:
     if device.startswith("cuda"):
         effort = Effort(10, 20, 200)
         return [(Case(f, channels=MINI_CHANNELS, precision="tf32", device=device), effort) for f in (1, 8)]
-    many = (518, 518) if mode == "full" else (154, 266)
+    many = (518, 518) if mode == "full" else (112, 224)
     effort = Effort(60, 5) if mode == "full" else Effort(8, 3)
     return [(Case(*size, channels=MINI_CHANNELS), effort) for size in ((1, 518, 518), (8, *many))]
 

@@ -7,6 +7,7 @@ once. ``2 * macs / rate`` and ``bytes / bandwidth`` are two floors under the tim
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -188,7 +189,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: str, precisions: tuple[str, ...]) -> Ceilings:
-    """A large copy, and a large matrix product on random data at each precision: the best of a few."""
+    """A large copy, and a large matrix product on random data at each precision: the best of two seconds each."""
     size, n = _PROBES[torch.device(device).type]
     bandwidth = _copy_bandwidth(size, device)
     rates = {precision: 2 * n**3 / _product_time(n, precision, device) for precision in precisions}
@@ -208,6 +209,11 @@ def _product_time(n: int, precision: str, device: str) -> float:
         return _best_time(lambda: a @ b, device)
 
 
-def _best_time(run, device: str, repeats: int = 5) -> float:
+def _best_time(run, device: str, seconds: float = 2.0, least: int = 5) -> float:
+    """Long enough that what else the machine does has a pause in it."""
     run()
-    return min(time_call(run, device) for _ in range(repeats))
+    times = [time_call(run, device)]
+    start = time.perf_counter()
+    while len(times) < least or time.perf_counter() - start < seconds:
+        times.append(time_call(run, device))
+    return min(times)
