@@ -15,7 +15,8 @@ def cases(mode: str, device: str) -> list[tuple[Case, Effort]]:
     if device.startswith("cuda"):
         return [(Case(frames, precision="tf32", device=device), Effort(10, 20, 200)) for frames in (8, 1)]
     if mode == "full":
-        return [(Case(frames), Effort(60, 5)) for frames in (1, 8)]
+        sizes = [(1, 518, 518), (1, 392, 518), (8, 392, 518), (8, 518, 518)]
+        return [(Case(*size), Effort(30, 2 if size[0] > 1 else 3)) for size in sizes]
     return [(Case(1), Effort(20, 3))]
 
 

@@ -20,7 +20,7 @@ def cases(mode: str, device: str) -> list[tuple[Case, Effort]]:
     if device.startswith("cuda"):
         effort, size, precision = Effort(5, 10, 100), (518, 518), "bf16"
     else:
-        effort, size, precision = Effort(20, 3), (154, 518), "ieee"
+        effort, size, precision = Effort(10, 3), (112, 224), "ieee"
     frames = [Case(f, *size, precision=precision, device=device) for f in FRAMES]
     experts = [Case(1, experts=k, precision=precision, device=device) for k in EXPERTS]
     return [(case, effort) for case in dict.fromkeys(frames + experts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +20,10 @@ NO_SKIPS = "MOE3D_NO_SKIPS"  # set by `make test-real`
 
 
 def pytest_configure(config):
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # started in the background; what tests start would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(RealVggtSkips(), "real-vggt-skips")
 
 

@@ -42,8 +42,9 @@ def run_bench(tmp_path, *arguments: str) -> subprocess.CompletedProcess:
         "-p",
         "no:cacheprovider",
     ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [*command, *arguments], cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True
     )
 
 
