@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 
@@ -17,6 +16,7 @@ from moe3d.benchmark.peers import CONCATENATED, STOCK, STOCK_CACHED
 from moe3d.benchmark.race import Effort
 from moe3d.benchmark.session import Session
 from moe3d.benchmark.tables import summary
+from moe3d.cli.arguments import integer, number
 
 MINI_CHANNELS = 32  # of the features that MiniVGGT's tail gets
 
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames per call, several to compare (default: 1,8)",
     )
     parser.add_argument(
-        "--experts", type=_count, default=4, metavar="K", help="experts of the head (default: %(default)s)"
+        "--experts", type=integer(), default=4, metavar="K", help="experts of the head (default: %(default)s)"
     )
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="of the arithmetic (default: ieee on the CPU, tf32 on CUDA)"
     )
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=number(0, 3600),
         default=10.0,
         metavar="S",
         help="to spend on each case, at least (default: %(default)g)",
@@ -81,21 +81,8 @@ def _json_lines(session: Session) -> str:
     return "\n".join(json.dumps(dataclasses.asdict(record)) for record in session.records)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return int(text)
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
-
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 3600:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected seconds from 0 to 3600, got {text!r}")
+    return tuple(integer()(part) for part in text.split(","))
 
 
 def _size(text: str) -> tuple[int, int]:

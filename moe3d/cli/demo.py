@@ -19,6 +19,7 @@ from tqdm import tqdm
 import moe3d
 from moe3d.benchmark.clock import time_call
 from moe3d.benchmark.statistics import ratio_of_medians
+from moe3d.cli.arguments import folder
 from moe3d.data import Sample, open_dataset
 from moe3d.evaluation import Frame, flying_points
 from moe3d.integrations import patched_heads
@@ -87,15 +88,9 @@ class Models:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=_folder, default="moe3d-demo", metavar="DIR", help="folder to write to (default: %(default)s)"
+        "--out", type=folder, default="moe3d-demo", metavar="DIR", help="folder to write to (default: %(default)s)"
     )
     parser.add_argument("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
-
-
-def _folder(name: str) -> Path:
-    if not name:
-        raise argparse.ArgumentTypeError("must name a folder, got an empty string")
-    return Path(name)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import math
 import platform
 from collections.abc import Callable
 from errno import EISDIR
@@ -18,6 +17,7 @@ from tqdm import tqdm
 import moe3d
 from moe3d.atomic import output_folder
 from moe3d.benchmark.machine import describe
+from moe3d.cli.arguments import integer, positive
 from moe3d.data import DATASETS, Dataset, open_dataset
 from moe3d.evaluation import FileSystem, ModelSystem, Protocol, default_sampling, evaluate
 from moe3d.evaluation.alignment import METHODS
@@ -121,7 +121,7 @@ _ADD_PROTOCOL = {"mv": _add_multiview, "depth": _add_depth, "boundary": _add_bou
 
 
 def _add_common_protocol(add: Callable, task: str) -> None:
-    add("--max-depth", type=_positive, metavar="METRES", help="ground truth counts below it (default: the dataset's)")
+    add("--max-depth", type=positive(), metavar="METRES", help="ground truth counts below it (default: the dataset's)")
     add(
         "--crop",
         default=CROPS[0],
@@ -130,12 +130,12 @@ def _add_common_protocol(add: Callable, task: str) -> None:
     )
     add(
         "--edge-filter",
-        type=_positive,
+        type=positive(),
         metavar="T",
         help="drop predictions where depth varies by more than T, say 0.03, around them",
     )
     what = "sequences" if task == "mv" else "images (sequences with --per sequence)"
-    add("--limit", type=_count, metavar="N", help=f"only the first N {what}")
+    add("--limit", type=integer(), metavar="N", help=f"only the first N {what}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -255,19 +255,3 @@ def _report_file(text: str) -> Path:
     if not path.name or path.suffix.lower() in (".html", ".htm"):
         raise argparse.ArgumentTypeError(f"must name a JSON file, got '{text}'")
     return path
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got '{text}'")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got '{text}'")
-    return int(text)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe3d.cli.arguments import folder, integer, number, positive
 from moe3d.models import input_width, load_model
 from moe3d.ops.dispatch import AUTO, NAMES
 from moe3d.reconstruct.exports import EXPORTERS, Exporter, export_pictures
@@ -67,11 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the backbone (default: bfloat16 or float16 on GPUs)",
     )
     add(
-        "--frames-chunk", type=count, default=8, metavar="N", help="frames the heads see at once (default: %(default)s)"
+        "--frames-chunk",
+        type=integer(),
+        default=8,
+        metavar="N",
+        help="frames the heads see at once (default: %(default)s)",
     )
     add(
         "--width",
-        type=width,
+        type=integer(PATCH, multiple_of=PATCH),
         metavar="PIXELS",
         help="of the images that the model gets (default: 336 for mini, else 518)",
     )
@@ -79,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add(
         "--fps",
-        type=positive,
+        type=positive(),
         default=1.0,
         metavar="F",
         help="frames per second taken of a video (default: %(default)s)",
@@ -98,18 +101,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--points", default="depth", choices=("depth", "head"), help="from depth and camera, or the point head's")
     add(
         "--conf-percentile",
-        type=percentile,
+        type=number(0, 100),
         default=25.0,
         metavar="P",
         help="drop the P per cent least confident points (default: %(default)s)",
     )
     add(
         "--edge-filter",
-        type=positive,
+        type=positive(),
         metavar="T",
         help="drop points where depth varies by more than T, say 0.03, around them",
     )
-    add("--max-points", type=count, default=1_000_000, metavar="N", help="keep at most N points (default: %(default)s)")
+    add(
+        "--max-points",
+        type=integer(),
+        default=1_000_000,
+        metavar="N",
+        help="keep at most N points (default: %(default)s)",
+    )
     add("--json", action="store_true", help="print a summary as JSON")
 
 
@@ -185,44 +194,12 @@ def as_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("must name a folder, got an empty string")
-    return Path(text)
-
-
 def kinds(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in ALL_EXPORTERS:
             raise argparse.ArgumentTypeError(f"must be of {','.join(ALL_EXPORTERS)}, got '{name}'")
     return list(dict.fromkeys(names))
-
-
-def number(text: str, kind: Callable, allowed: Callable[[Any], bool], wanted: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not math.isfinite(value) or not allowed(value):
-        raise argparse.ArgumentTypeError(f"must be {wanted}, got '{text}'")
-    return value
-
-
-def count(text: str) -> int:
-    return number(text, int, lambda value: value >= 1, "an integer of at least 1")
-
-
-def width(text: str) -> int:
-    return number(text, int, lambda value: value >= PATCH and value % PATCH == 0, f"a positive multiple of {PATCH}")
-
-
-def positive(text: str) -> float:
-    return number(text, float, lambda value: value > 0, "a number above 0")
-
-
-def percentile(text: str) -> float:
-    return number(text, float, lambda value: 0 <= value <= 100, "a number from 0 to 100")
 
 
 def _stamp(name: str | None) -> list[int] | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe3d.cli.arguments import integer, number
 from moe3d.losses import Schedule
 from moe3d.training.networks import PARTS
 from moe3d.training.recipes import LOSSES, RECIPES, Recipe
@@ -38,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--frames", type=_range, default=(2, 2), metavar="N[-M]", help="per scene (default: 2)")
     data.add_argument(
-        "--workers", type=_integer(0), default=2, metavar="N", help="processes that load (default: %(default)s)"
+        "--workers", type=integer(0), default=2, metavar="N", help="processes that load (default: %(default)s)"
     )
     data.add_argument(
         "--cache-features",
@@ -46,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run the frozen network over --cache-scenes scenes, keep its features here, and train from them alone",
     )
-    data.add_argument("--cache-scenes", type=_integer(1), default=1000, metavar="N", help="(default: %(default)s)")
+    data.add_argument("--cache-scenes", type=integer(1), default=1000, metavar="N", help="(default: %(default)s)")
 
     model = parser.add_argument_group("model and recipe")
     model.add_argument("--model", required=True, metavar="mini|HUB|PATH", help="as facebook/VGGT-1B")
@@ -60,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--loss", choices=LOSSES, help="of depth; nll-* are likelihoods of the mixture (default: the recipe's)"
     )
     model.add_argument("--image-gate", action=argparse.BooleanOptionalAction, help="a branch on the image in the gate")
-    model.add_argument("--num-experts", type=_integer(1), metavar="K", help="(default: the recipe's)")
+    model.add_argument("--num-experts", type=integer(1), metavar="K", help="(default: the recipe's)")
     model.add_argument(
-        "--gate-hidden", type=_integer(1), metavar="N", help="channels of the gate (default: the recipe's)"
+        "--gate-hidden", type=integer(1), metavar="N", help="channels of the gate (default: the recipe's)"
     )
     model.add_argument(
-        "--init-noise", type=_number(0), metavar="X", help="of the experts, relative (default: the recipe's)"
+        "--init-noise", type=number(0), metavar="X", help="of the experts, relative (default: the recipe's)"
     )
     schedule = "a number, or START:END:constant|linear|cosine|exponential[:PART OF THE RUN]"
     model.add_argument(
@@ -81,26 +79,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint, the log, the head"
     )
     run_group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    run_group.add_argument("--steps", type=_integer(1), default=10_000, metavar="N", help="(default: %(default)s)")
+    run_group.add_argument("--steps", type=integer(1), default=10_000, metavar="N", help="(default: %(default)s)")
     run_group.add_argument(
-        "--batch", type=_integer(1), default=1, metavar="N", help="scenes per process and pass (default: 1)"
+        "--batch", type=integer(1), default=1, metavar="N", help="scenes per process and pass (default: 1)"
+    )
+    run_group.add_argument("--accumulate", type=integer(1), default=1, metavar="N", help="passes per step (default: 1)")
+    run_group.add_argument(
+        "--lr", type=number(0), default=1e-4, metavar="X", help="learning rate (default: %(default)g)"
+    )
+    run_group.add_argument("--weight-decay", type=number(0), default=0.0, metavar="X", help="(default: %(default)g)")
+    run_group.add_argument(
+        "--warm-up", type=number(0, 0.99), default=0.05, metavar="X", help="part of the steps (default: %(default)g)"
     )
     run_group.add_argument(
-        "--accumulate", type=_integer(1), default=1, metavar="N", help="passes per step (default: 1)"
-    )
-    run_group.add_argument(
-        "--lr", type=_number(0), default=1e-4, metavar="X", help="learning rate (default: %(default)g)"
-    )
-    run_group.add_argument("--weight-decay", type=_number(0), default=0.0, metavar="X", help="(default: %(default)g)")
-    run_group.add_argument(
-        "--warm-up", type=_number(0, 0.99), default=0.05, metavar="X", help="part of the steps (default: %(default)g)"
-    )
-    run_group.add_argument(
-        "--clip", type=_number(0), default=1.0, metavar="X", help="of the gradient's norm (default: 1)"
+        "--clip", type=number(0), default=1.0, metavar="X", help="of the gradient's norm (default: 1)"
     )
     run_group.add_argument(
         "--ema",
-        type=_number(0, 0.999999),
+        type=number(0, 0.999999),
         default=0.0,
         metavar="X",
         help="average the weights with this decay per step",
@@ -108,19 +104,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run_group.add_argument(
         "--precision", choices=("bf16", "fp32"), help="of the backbone (default: bf16 on a GPU, fp32 elsewhere)"
     )
-    run_group.add_argument("--seed", type=_integer(0), default=0, metavar="N", help="(default: %(default)s)")
+    run_group.add_argument("--seed", type=integer(0), default=0, metavar="N", help="(default: %(default)s)")
     run_group.add_argument(
-        "--save-every", type=_integer(1), default=500, metavar="N", help="steps (default: %(default)s)"
+        "--save-every", type=integer(1), default=500, metavar="N", help="steps (default: %(default)s)"
     )
     run_group.add_argument(
-        "--validate-every", type=_integer(1), default=1000, metavar="N", help="steps (default: %(default)s)"
+        "--validate-every", type=integer(1), default=1000, metavar="N", help="steps (default: %(default)s)"
     )
     run_group.add_argument(
-        "--validation-scenes", type=_integer(0), default=16, metavar="N", help="0 for none (default: %(default)s)"
+        "--validation-scenes", type=integer(0), default=16, metavar="N", help="0 for none (default: %(default)s)"
     )
-    run_group.add_argument(
-        "--log-every", type=_integer(1), default=50, metavar="N", help="steps (default: %(default)s)"
-    )
+    run_group.add_argument("--log-every", type=integer(1), default=50, metavar="N", help="steps (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -220,26 +214,6 @@ def _range(text: str) -> tuple[int, int]:
         if 1 <= pair[0] <= pair[1]:
             return pair
     raise argparse.ArgumentTypeError(f"expected N or N-M with 1 <= N <= M, got {text!r}")
-
-
-def _integer(at_least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < at_least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {at_least}, got {text!r}")
-        return int(text)
-
-    return integer
-
-
-def _number(at_least: float, at_most: float = math.inf) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if at_least <= float(text) <= at_most and math.isfinite(float(text)):
-                return float(text)
-        limits = f"of at least {at_least:g}" if at_most == math.inf else f"from {at_least:g} to {at_most:g}"
-        raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
-
-    return number
 
 
 def _schedule(text: str) -> Schedule:

@@ -7,7 +7,7 @@ import ipaddress
 import sys
 from pathlib import Path
 
-from moe3d.cli.reconstruct import count, number
+from moe3d.cli.arguments import integer
 from moe3d.data import DATASETS, open_dataset
 from moe3d.reconstruct.frames import find_scenes
 from moe3d.viz.viewer import LOOPBACK, SceneClouds, Viewer, true_depths
@@ -15,7 +15,9 @@ from moe3d.viz.viewer import LOOPBACK, SceneClouds, Viewer, true_depths
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="what moe3d reconstruct --out wrote")
-    parser.add_argument("--port", type=port, default=8080, help="the next free one is taken (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=integer(1, 65535), default=8080, help="the next free one is taken (default: %(default)s)"
+    )
     parser.add_argument(
         "--host",
         default=LOOPBACK,
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-points",
-        type=count,
+        type=integer(),
         default=1_000_000,
         metavar="N",
         help="hold at most N points per scene (default: %(default)s)",
@@ -50,10 +52,6 @@ def run(args: argparse.Namespace) -> None:
         viewer.server.sleep_forever()
     finally:
         viewer.stop()
-
-
-def port(text: str) -> int:
-    return number(text, int, lambda value: 1 <= value <= 65535, "a port from 1 to 65535")
 
 
 def is_loopback(host: str) -> bool:

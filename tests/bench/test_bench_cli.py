@@ -48,7 +48,7 @@ def test_a_wrong_backend_is_left_out_and_the_command_fails(capsys, wrong_backend
         (["--frames", "0"], "expected an integer of at least 1, got '0'"),
         (["--frames", "1,,2"], "expected an integer of at least 1, got ''"),
         (["--experts", "-1"], "expected an integer of at least 1, got '-1'"),
-        (["--seconds", "nan"], "expected seconds from 0 to 3600, got 'nan'"),
+        (["--seconds", "nan"], "expected a number from 0 to 3600, got 'nan'"),
         (["--precision", "int8"], "invalid choice: 'int8'"),
     ],
 )

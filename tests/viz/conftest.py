@@ -1,6 +1,8 @@
-"""A small report, as the demo writes it."""
+"""A small report, as the demo writes it; a browser to look at pages."""
 
 from __future__ import annotations
+
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +19,30 @@ def _heads(abs_rel, delta1, si_f1, flying_rate):
         head: dict(zip(keys, values, strict=True))
         for head, values in zip(("stock", "moe"), zip(abs_rel, delta1, si_f1, flying_rate, strict=True), strict=True)
     }
+
+
+@pytest.fixture(scope="module")
+def start_chromium():
+    """A function that starts a headless Chromium with more arguments; skips where there is none."""
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium to drive a browser")
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    started = []
+
+    def start(*arguments):
+        options = selenium.ChromeOptions()
+        options.binary_location = binary
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", *arguments):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        started.append(selenium.Chrome(options=options, service=selenium.ChromeService(executable_path=driver)))
+        return started[-1]
+
+    yield start
+    for chrome in started:
+        chrome.quit()
 
 
 @pytest.fixture(scope="session")

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from moe3d.viz.page import render_page
 
 
 @pytest.fixture(scope="module")
-def browser():
-    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium to drive a browser")
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    options = selenium.ChromeOptions()
-    options.binary_location = binary
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    chrome = selenium.Chrome(options=options, service=selenium.ChromeService(executable_path=driver))
-    yield chrome
-    chrome.quit()
+def browser(start_chromium):
+    return start_chromium("--disable-gpu")
 
 
 @pytest.fixture
