@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 VGGT   ?= .external/vggt
+TESTS  ?=
 
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find moe3d kernels csrc -type f -not -name '*.pyc' 2>/dev/null)
@@ -17,7 +18,7 @@ VENV_FLAGS :=
 PIP_FLAGS  := -c constraints.txt
 endif
 
-.PHONY: demo test test-real test-export bench gpu native-sanitize lint docs clean
+.PHONY: demo test test-real test-export bench gpu native-sanitize lint docs dist test-dist clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
@@ -59,6 +60,29 @@ lint: $(VENV)/.tools
 
 docs: $(VENV)/.tools
 	$(PY) -m mkdocs build
+
+# The sdist and, from it, the wheel for $(PYTHON), in dist/; then what they hold. MOE3D_BUILD=off: a wheel for every Python.
+dist:
+	rm -rf dist
+	$(PYTHON) -m venv --clear build/release
+	build/release/bin/python -m pip install -q build twine pytest
+	build/release/bin/python -m build
+	build/release/bin/python -m twine check --strict dist/*
+	MOE3D_DIST=$(CURDIR)/dist build/release/bin/python -m pytest -q --noconftest tests/test_dist.py
+
+# The wheel as a user gets it, in a new environment far from this checkout: first with nothing else on the PATH, no compiler
+# either, then under the tests that the sdist carries, whose own copy of the package is removed.
+# TESTS="tests/test_package.py tests/ops" runs some of them.
+test-dist: dist
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -ex && \
+	tar -xzf dist/*.tar.gz --strip-components 1 -C "$$folder" && cd "$$folder" && rm -r moe3d kernels && \
+	$(PYTHON) -m venv $(VENV_FLAGS) .venv && \
+	.venv/bin/python -m pip install -q $(PIP_FLAGS) $(CURDIR)/dist/*.whl && \
+	env -i PATH="$$folder/.venv/bin" moe3d info && \
+	env -i PATH="$$folder/.venv/bin" moe3d demo --out demo && \
+	.venv/bin/python -m pip install -q $(PIP_FLAGS) "$$(echo $(CURDIR)/dist/*.whl)[dev]" && \
+	.venv/bin/python -m pip install -q $(PIP_FLAGS) --no-deps --ignore-requires-python depth-anything-3 && \
+	MOE3D_DIST=$(CURDIR)/dist OMP_NUM_THREADS=1 .venv/bin/pytest -q -n 2 --dist loadfile $(TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo
