@@ -39,9 +39,7 @@ class Packed(NamedTuple):
     w1: Tensor  #          [N, C/BK, 9, BK] operands: the order in which the convolution walks over its inputs
     b1: Tensor  #          [N] float32
     w2: Tensor  #          [N, OP*KP] operands: column o*KP + k feeds output o of expert k, row O the gate's logits
-    feeds: (
-        Tensor  #       [N, OP*KP] float16: 1 where a hidden channel belongs to a column's expert (or the gate), else 0
-    )
+    feeds: Tensor  #       [N, OP*KP] float16: 1 where a hidden channel is the column's expert's (or gate's), else 0
     b2: Tensor  #          [OP*KP] float32
     position: Tensor  #    [K*Hd + Hg] int64: where each hidden channel (experts first, then the gate) went
     main: Section

@@ -13,18 +13,8 @@ from moe3d.kernels.numerics import largest, source_position, to_operand
 from moe3d.kernels.plan import Launch, Precision
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_row",
-        "rows",
-        "padded_width",
-        "source_height",
-        "source_width",
-        "height",
-        "width",
-        "channels",
-    ]
-)
+@triton.jit(do_not_specialize=["first_row", "rows", "padded_width", "source_height", "source_width", "height",
+                                "width", "channels"])  # fmt: skip
 def _upsample_kernel(x, stride_frame, stride_row, stride_column, pos_x, pos_y, features, flags,
                      first_row, rows, padded_width, source_height, source_width, height, width, channels,
                      PADDED_CHANNELS: tl.constexpr, HAS_POS: tl.constexpr, FLAG: tl.constexpr, PRECISION: tl.constexpr,

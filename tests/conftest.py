@@ -20,9 +20,8 @@ NO_SKIPS = "MOE3D_NO_SKIPS"  # set by `make test-real`
 
 
 def pytest_configure(config):
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # started in the background; what tests start would inherit it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background; what tests start would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(RealVggtSkips(), "real-vggt-skips")
 

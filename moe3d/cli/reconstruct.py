@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from moe3d.cli.arguments import folder, integer, number, positive
+from moe3d.functional import PRECISIONS
 from moe3d.models import input_width, load_model
 from moe3d.ops.dispatch import AUTO, NAMES
+from moe3d.ops.mixture import MODES
 from moe3d.reconstruct.exports import EXPORTERS, Exporter, export_pictures
 from moe3d.reconstruct.frames import ReconstructedFrame
 from moe3d.reconstruct.points import PointSelection
@@ -54,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a trained MoE head, or 'stock' for the model's own (default: the shipped one for mini, else stock)",
     )
-    add("--mode", choices=("mean", "argmax", "switch"), help="how the experts are combined (default: the head's own)")
+    add("--mode", choices=MODES, help="how the experts are combined (default: the head's own)")
     add("--experts", action="store_true", help="keep each expert's depth, too")
     add("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
-    add("--precision", default="auto", choices=("auto", "ieee", "tf32", "bf16"), help="of the head's convolutions")
+    add("--precision", default="auto", choices=PRECISIONS, help="of the head's convolutions")
     add("--device", default="auto", help="'cpu', 'cuda' or 'cuda:N' (default: a GPU if there is one)")
     add(
         "--dtype",

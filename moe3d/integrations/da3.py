@@ -13,12 +13,8 @@ from moe3d.nn import MoEHead, check_conv_block
 from moe3d.ops.types import MoEOutput
 from moe3d.position import position_tables
 
-_PLACES = (
-    "head",
-    "da3.head",
-    "model.head",
-    "model.da3.head",
-)  # in a network, a nested one, the API's wrapper of either
+# Where a head is: in a network, in a nested one, in the API's wrapper of either.
+_PLACES = ("head", "da3.head", "model.head", "model.da3.head")
 _ATTRIBUTES = (
     "norm", "projects", "resize_layers", "scratch", "patch_size", "activation", "conf_activation", "pos_embed",
     "down_ratio", "intermediate_layer_idx", "head_main",

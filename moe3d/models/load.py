@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe3d.integrations import load_head, patched_heads
 from moe3d.models.checkpoint import load_mini
 from moe3d.models.mini import MiniVGGT
+from moe3d.ops.mixture import MODES
 
 MINI = "mini"
 STOCK = "stock"
@@ -80,8 +81,8 @@ def _load_backbone(name: str | os.PathLike[str], shipped_head: bool) -> nn.Modul
 
 
 def _check_options(name, tails: list, mode: str | None, **options: str) -> None:
-    if mode not in (None, "mean", "argmax", "switch"):
-        raise ValueError(f"mode must be 'mean', 'argmax' or 'switch', got {mode!r}")
+    if mode not in (None, *MODES):
+        raise ValueError(f"mode must be None or one of {', '.join(MODES)}, got {mode!r}")
     asked_for = {"mode": mode} | {key: value for key, value in options.items() if value != "auto"}
     for key, value in asked_for.items():
         if value is not None and not tails:

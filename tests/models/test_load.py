@@ -56,7 +56,7 @@ def test_options_of_a_moe_head_need_one(mini_files, option):
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="mode must be 'mean', 'argmax' or 'switch', got 'median'"):
+    with pytest.raises(ValueError, match="mode must be None or one of mean, argmax, switch, got 'median'"):
         load_model("mini", mode="median")
 
 
