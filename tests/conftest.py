@@ -7,8 +7,10 @@ import importlib
 import os
 import signal
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,3 +86,15 @@ def _leave_the_global_random_state_alone():
     """Tests that seed PyTorch must not decide what other tests draw."""
     with torch.random.fork_rng(devices=[]):
         yield
+
+
+@pytest.fixture
+def vggt_loader(monkeypatch):
+    """The real package's loader. Of torchvision it needs ToTensor only, which is one line."""
+    transforms = types.ModuleType("torchvision.transforms")
+    transforms.ToTensor = lambda: lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    torchvision = types.ModuleType("torchvision")
+    torchvision.transforms = transforms
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", transforms)
+    return pytest.importorskip("vggt.utils.load_fn", reason="needs the real vggt package").load_and_preprocess_images

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import moe3d
+from support.models import real
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -39,6 +41,23 @@ def test_the_site_builds_without_a_warning(tmp_path):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(example, tmp_path):
     assert _run([example, *SHORTER.get(example.stem, [])], tmp_path).strip()
+
+
+@pytest.mark.real_vggt
+def test_the_readmes_ten_lines_run(vggt_loader, tmp_path, monkeypatch):
+    """As they stand, but for the weights, which are small and random."""
+    from vggt.models.vggt import VGGT
+
+    monkeypatch.setattr(VGGT, "from_pretrained", staticmethod(lambda name: real()))
+    monkeypatch.chdir(tmp_path)
+    for name in ("left.png", "right.png"):
+        Image.effect_noise((56, 42), 50).convert("RGB").save(name)
+    (lines,) = re.findall(r"## Ten lines\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    here: dict = {}
+    exec(lines, here)
+    assert len([line for line in lines.splitlines() if line]) == 10
+    assert here["predictions"]["depth_entropy"].shape == here["predictions"]["depth"].shape[:-1]
+    assert moe3d.load_head(real(), "head.safetensors").depth_head.tail.num_experts == here["tail"].num_experts
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

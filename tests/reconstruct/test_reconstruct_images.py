@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import struct
-import sys
-import types
 import zlib
 
 import numpy as np
@@ -29,18 +27,6 @@ def _photo(height, width, seed=0):
 def _save(path, array, **options):
     Image.fromarray(array).save(path, **options)
     return path
-
-
-@pytest.fixture
-def vggt_loader(monkeypatch):
-    """The real package's loader. Of torchvision it needs ToTensor only, which is one line."""
-    transforms = types.ModuleType("torchvision.transforms")
-    transforms.ToTensor = lambda: lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    torchvision = types.ModuleType("torchvision")
-    torchvision.transforms = transforms
-    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
-    monkeypatch.setitem(sys.modules, "torchvision.transforms", transforms)
-    return pytest.importorskip("vggt.utils.load_fn", reason="needs the real vggt package").load_and_preprocess_images
 
 
 @pytest.mark.real_vggt
