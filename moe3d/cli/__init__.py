@@ -23,9 +23,9 @@ from moe3d._version import __version__
 
 COMMANDS = {  # module of this folder -> what it does, for the list of commands and its own help
     "demo": "run the shipped model on a real and on synthetic scenes, stock head beside MoE head, and write a report",
-    "train": "fine-tune a mixture-of-experts depth head, or more of a model, on datasets with ground truth",
     "reconstruct": "turn photographs or a video into depth, cameras and point clouds, with the experts that made them",
     "view": "look at reconstructions in the browser: points by colour, depth, expert, entropy or error",
+    "train": "fine-tune a mixture-of-experts depth head, or more of a model, on datasets with ground truth",
     "eval": "judge depth, boundaries or point clouds against ground truth by published protocols, and write a report",
     "bench": "time the head on this machine: every backend against the stock head, each checked before it is timed",
     "info": "show versions, and which backends can run on this machine or why not",
@@ -99,7 +99,7 @@ def _termination_unwinds() -> Iterator[None]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="moe3d", description="Mixture-of-experts depth heads for 3D reconstruction.")
     parser.add_argument("--version", action="version", version=f"moe3d {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     asked_for = next((word for word in argv if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)

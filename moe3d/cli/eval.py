@@ -42,7 +42,7 @@ MOE, STOCK, FILES = "moe", "stock", "predictions"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    tasks = parser.add_subparsers(metavar="TASK", required=True)
+    tasks = parser.add_subparsers(title="tasks", metavar="TASK", required=True)
     for task, summary in TASKS.items():
         command = tasks.add_parser(task, help=summary, description=f"Evaluate {summary}.", allow_abbrev=False)
         command.set_defaults(task=task, command=command)
