@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.runtime.jit import JITFunction
 
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
 _FLOAT32_MAX_EXPONENT = 88.0
@@ -27,11 +26,6 @@ class Launch:
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
-
-
-def interpreted(kernel: Any) -> bool:
-    """Whether a kernel was decorated under TRITON_INTERPRET=1, and so runs on CPU tensors, slowly."""
-    return not isinstance(kernel, JITFunction)
 
 
 class Precision(NamedTuple):
