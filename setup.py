@@ -89,9 +89,14 @@ def run(command: list) -> None:
         raise BuildFailure(f"{command[0]} cannot be run ({error.strerror})") from error
     print(done.stdout)
     if done.returncode != 0:
-        lines = [line.strip() for line in done.stdout.splitlines()]
-        telling = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
-        raise BuildFailure(f"{command[0]} said: {telling}")
+        raise BuildFailure(f"{command[0]} said: {telling_line(done.stdout)}")
+
+
+def telling_line(output: str) -> str:
+    """The first error of CMake or of a compiler, or the last line; CMake says where before it says what."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or [""]
+    at = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+    return lines[at + 1] if lines[at].endswith("(message):") and at + 1 < len(lines) else lines[at]
 
 
 CHOICE = choice()
