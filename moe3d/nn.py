@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe3d.functional import check_number, check_options, moe_head
 from moe3d.ops.types import MoEOutput
 
 DEFAULT_SKIP_BELOW = 1e-6  # in eval mode: costs no measurable accuracy (1e-3 would)
+GUIDED = "guided"
 _OPTIONS = ("temperature", "activation", "conf_activation", "mode", "gap", "return_experts", "backend", "precision")
 
 
@@ -23,7 +25,8 @@ class MoEHead(nn.Module):
         num_experts: K. With K = 1 there is no gate: the plain block through the fast kernels.
         expert_hidden: Hd, hidden channels of an expert (VGGT's block: 32).
         gate_hidden: Hg, hidden channels of the gate. K = 4 with 128 is what the paper's cost figures imply (inferred).
-        image_gate: add a small branch on the RGB image to the gate's logits.
+        image_gate: add a small branch on the RGB image to the gate's logits; "guided" lets it see the features, too, so
+            that an edge of the image and the features beside it decide together.
         activation, conf_activation, temperature, mode, gap, skip_below, backend, precision, return_experts: see
             :func:`moe3d.functional.moe_head`. They are plain attributes and may be changed at any time.
             ``skip_below=None`` means 1e-6 in eval mode, and 0 in training or with ``return_experts``.
@@ -44,7 +47,7 @@ class MoEHead(nn.Module):
         *,
         expert_hidden: int = 32,
         gate_hidden: int = 128,
-        image_gate: bool = False,
+        image_gate: bool | str = False,
         activation: str = "exp",
         conf_activation: str | None = "expp1",
         temperature: float = 1.0,
@@ -86,7 +89,9 @@ class MoEHead(nn.Module):
         self.gate_b1 = nn.Parameter(torch.empty(gate_hidden)) if gated else None
         self.gate_w2 = nn.Parameter(torch.empty(num_experts, gate_hidden)) if gated else None
         self.gate_b2 = nn.Parameter(torch.empty(num_experts)) if gated else None
-        self.image_gate = ImageGate(num_experts) if gated and image_gate else None
+        _check_image_gate(image_gate)
+        seen = in_channels if image_gate == GUIDED else 0
+        self.image_gate = ImageGate(num_experts, seen) if gated and image_gate else None
         generator = _generator(seed)
         self._reset_experts(generator)
         self._reset_gate(generator)
@@ -152,7 +157,7 @@ class MoEHead(nn.Module):
         if self.image_gate is not None:
             if image is None:
                 raise ValueError("image must be given to a head with image_gate=True, got None")
-            gate_logits = self.image_gate(image)
+            gate_logits = self.image_gate(image, x)
         return moe_head(
             x,
             size,
@@ -254,28 +259,49 @@ class ImageGate(nn.Module):
     """A full-resolution branch on the RGB image for the gate: 3x3 -> 16, 3x3 -> 16, 1x1 -> K, zero at the start.
 
     The features of a depth head live at 8/14 of the resolution or less; only the image itself knows where an edge is.
+    A guided branch puts 16 channels of the features, upsampled, beside those of the image and merges both by one more
+    3x3 -> 16: logits that are only added cannot say "in front, if there is an edge here".
+
+    Args:
+        num_experts: K.
+        feature_channels: C of the features that guide it; 0 for a branch on the image alone.
+        hidden: channels inside.
     """
 
-    def __init__(self, num_experts: int, hidden: int = 16):
+    def __init__(self, num_experts: int, feature_channels: int = 0, hidden: int = 16):
         super().__init__()
         # skip_init: nn.Conv2d's own initialisation would advance the global random state.
         self.conv1 = nn.utils.skip_init(nn.Conv2d, 3, hidden, 3, padding=1)
         self.conv2 = nn.utils.skip_init(nn.Conv2d, hidden, hidden, 3, padding=1)
+        guided = feature_channels > 0
+        self.project = nn.utils.skip_init(nn.Conv2d, feature_channels, hidden, 1) if guided else None
+        self.merge = nn.utils.skip_init(nn.Conv2d, 2 * hidden, hidden, 3, padding=1) if guided else None
         self.out = nn.utils.skip_init(nn.Conv2d, hidden, num_experts, 1)
+
+    @property
+    def option(self) -> bool | str:
+        """The ``image_gate`` of :class:`MoEHead` that asks for it."""
+        return True if self.project is None else GUIDED
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        for conv in (self.conv1, self.conv2):
-            bound = conv.weight[0].numel() ** -0.5
-            _fill_uniform(conv.weight, bound, generator)
-            _fill_uniform(conv.bias, bound, generator)
+        for conv in (self.conv1, self.conv2, self.project, self.merge):
+            if conv is not None:
+                bound = conv.weight[0].numel() ** -0.5
+                _fill_uniform(conv.weight, bound, generator)
+                _fill_uniform(conv.bias, bound, generator)
         self.out.weight.zero_()
         self.out.bias.zero_()
 
-    def forward(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] in [0, 1] -> logits [B, K, H, W]."""
+    def forward(self, image: Tensor, features: Tensor) -> Tensor:
+        """image [B, 3, H, W] in [0, 1] and features [B, C, h, w] -> logits [B, K, H, W]."""
         hidden = torch.relu(self.conv1(image.to(self.conv1.weight.dtype) - 0.5))
-        return self.out(torch.relu(self.conv2(hidden)))
+        hidden = torch.relu(self.conv2(hidden))
+        if self.project is not None and self.merge is not None:
+            seen = self.project(features.to(self.project.weight.dtype))
+            seen = F.interpolate(seen, image.shape[-2:], mode="bilinear", align_corners=True)
+            hidden = torch.relu(self.merge(torch.cat([hidden, seen], dim=1)))
+        return self.out(hidden)
 
 
 def check_conv_block(block: nn.Module) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -295,6 +321,11 @@ def _is_plain(conv: nn.Conv2d, kernel_size: int, padding: int) -> bool:
     plain = conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
     square = conv.kernel_size == (kernel_size, kernel_size) and conv.padding == (padding, padding)
     return plain and square and conv.bias is not None
+
+
+def _check_image_gate(value: bool | str) -> None:
+    if not isinstance(value, bool) and value != GUIDED:
+        raise ValueError(f"image_gate must be False, True or '{GUIDED}', got {value!r}")
 
 
 def _check_integer(name: str, value: int, at_least: int) -> None:

@@ -233,8 +233,9 @@ def test_when_experts_may_be_skipped(monkeypatch, skip_below, training, return_e
     assert seen == [expected]
 
 
-def test_image_gate_adds_its_logits_and_learns():
-    head = small(image_gate=True)
+@pytest.mark.parametrize("option", [True, "guided"])
+def test_image_gate_adds_its_logits_and_learns(option):
+    head = small(image_gate=option)
     image = torch.rand(2, 3, 7, 9, generator=torch.Generator().manual_seed(2))
     x = features()
     assert (head(x, (7, 9), image=image).entropy - math.log(3)).abs().max() < 1e-6, "zero at the start"
@@ -242,15 +243,29 @@ def test_image_gate_adds_its_logits_and_learns():
         head.image_gate.out.weight.normal_(generator=torch.Generator().manual_seed(3))
     head.return_experts = True
     output = head(x, (7, 9), image=image)
-    torch.testing.assert_close(output.weights, head.image_gate(image).softmax(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.weights, head.image_gate(image, x).softmax(1), rtol=1e-5, atol=1e-6)
     output.prediction.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in head.image_gate.parameters())
 
 
 def test_image_gate_is_two_3x3_convolutions_of_16_channels_and_a_1x1():
     gate = ImageGate(5)
+    assert gate.option is True
     shapes = {name: tuple(p.shape) for name, p in gate.named_parameters() if name.endswith("weight")}
     assert shapes == {"conv1.weight": (16, 3, 3, 3), "conv2.weight": (16, 16, 3, 3), "out.weight": (5, 16, 1, 1)}
+
+
+def test_a_guided_image_gate_sees_the_features_where_they_are_in_the_image():
+    gate = ImageGate(2, feature_channels=3)
+    assert gate.option == "guided"
+    gate.reset(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        gate.out.weight.fill_(1.0)
+    image, x = torch.rand(1, 3, 13, 13), torch.rand(1, 3, 7, 7)
+    before = gate(image, x)
+    x[:, :, 6, 6] += 5.0  # the last feature is that of the last pixel: align_corners
+    changed = (gate(image, x) != before).any(1)[0].nonzero()
+    assert len(changed) and changed.min() >= 12 - 2  # one pixel of interpolation, one of the merging convolution
 
 
 def test_image_errors():
@@ -272,6 +287,7 @@ def test_image_errors():
             )
             for value in (least - 1, 1.5, True, "4", None)
         ),
+        (ValueError, "image_gate must be False, True or 'guided', got 'deep'", {"image_gate": "deep"}),
         (ValueError, "seed must be an integer", {"seed": 2**64}),
         (ValueError, "temperature must be a finite number above 0", {"temperature": 0.0}),
         (TypeError, "temperature must be a finite number above 0", {"temperature": "hot"}),

@@ -79,7 +79,8 @@ def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _config(tail) -> dict:
-    return {key: getattr(tail, key) for key in _CONFIG} | {"image_gate": tail.image_gate is not None}
+    image_gate = tail.image_gate.option if tail.image_gate is not None else False
+    return {key: getattr(tail, key) for key in _CONFIG} | {"image_gate": image_gate}
 
 
 def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor], str]:

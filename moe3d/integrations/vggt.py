@@ -23,7 +23,7 @@ def patch_vggt(
     temperature: float = 1.0,
     mode: str = "mean",
     gap: float = 0.3,
-    image_gate: bool = False,
+    image_gate: bool | str = False,
     return_experts: bool = False,
     backend: str = "auto",
     precision: str = "auto",

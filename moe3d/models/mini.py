@@ -11,13 +11,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe3d.models.dpt import DPTHead
-from moe3d.models.layers import Block, rotary_table
+from moe3d.models.layers import Block, ConvBlock, rotary_table
 from moe3d.position import position_map, position_tables
 
 PATCH_SIZE = 14
+
+
+class ConvStem(nn.Module):
+    """Normalised images [N, 3, 14 h, 14 w] to patch embeddings [N, dim, h, w].
+
+    Residual convolutions at strides 3.5 and 7: a transformer behind such a stem learns in far fewer steps than behind
+    one large-stride projection (Xiao et al., "Early Convolutions Help Transformers See Better", arXiv 2106.14881).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        c1, c2, c3 = dim // 8, dim // 4, dim // 2
+        self.conv1 = nn.Conv2d(3, c1, kernel_size=3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(c1, c2, kernel_size=3, padding=1)
+        self.fine = ConvBlock(c2)
+        self.down = nn.Conv2d(c2, c3, kernel_size=2, stride=2)
+        self.coarse = nn.Sequential(ConvBlock(c3), ConvBlock(c3))
+        self.proj = nn.Conv2d(c3, dim, kernel_size=2, stride=2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h, w = images.shape[-2] // PATCH_SIZE, images.shape[-1] // PATCH_SIZE
+        x = self.conv2(F.gelu(self.conv1(images)))
+        # From 7 to 4 pixels per patch, the power of two that strides can halve.
+        x = F.interpolate(x, (4 * h, 4 * w), mode="bilinear", align_corners=False)
+        return self.proj(self.coarse(self.down(self.fine(x))))
 
 
 class Aggregator(nn.Module):
@@ -33,13 +59,7 @@ class Aggregator(nn.Module):
     def __init__(self, embed_dim: int, depth: int, num_heads: int, num_register_tokens: int = 4) -> None:
         super().__init__()
         self.head_dim = embed_dim // num_heads
-        self.patch_embed = nn.Sequential(
-            nn.Conv2d(3, 32, kernel_size=3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(32, 32, kernel_size=3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(32, embed_dim, kernel_size=PATCH_SIZE // 2, stride=PATCH_SIZE // 2),
-        )
+        self.patch_embed = ConvStem(embed_dim)
         self.frame_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.global_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         # Index 0 is for the first frame, whose camera is the world, index 1 for all others.

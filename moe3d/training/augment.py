@@ -10,6 +10,8 @@ from torch import Tensor
 from moe3d.geometry import scale_intrinsics
 from moe3d.models.mini import PATCH_SIZE
 
+ZOOM = (0.6, 1.0)  # of the field of view's side
+
 
 def augment(batch: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
     """Mirror half of the scenes and change every scene's colours.
@@ -44,6 +46,19 @@ def shrink(batch: dict[str, Tensor], rng: np.random.Generator, pixels: int) -> d
         "depth": depth,
         "intrinsics": scale_intrinsics(batch["intrinsics"], size[1] / width, size[0] / height),
     }
+
+
+def zoom(batch: dict[str, Tensor], rng: np.random.Generator) -> dict[str, Tensor]:
+    """For half of the batches, what a lens with a narrower field of view would have seen: the middle of every frame."""
+    factor = rng.uniform(*ZOOM)
+    if rng.random() < 0.5:
+        return batch
+    height, width = batch["depth"].shape[-2:]
+    y, x = (round(side * (1 - factor) / 2) for side in (height, width))
+    intrinsics = batch["intrinsics"].clone()
+    intrinsics[..., :2, 2] -= intrinsics.new_tensor([x, y])
+    middle = {key: batch[key][..., y : height - y, x : width - x] for key in ("images", "depth")}
+    return batch | middle | {"intrinsics": intrinsics}
 
 
 def mirror(key: str, value: Tensor, batch: dict[str, Tensor]) -> Tensor:

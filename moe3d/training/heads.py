@@ -31,7 +31,7 @@ class HeadBudget:
     steps: int = 1500
     batch: int = 1
     """Scenes per step."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3)
     """Learning rates to choose from."""
 
 

@@ -24,7 +24,8 @@ from moe3d.losses import (
     normalise_scale,
 )
 from moe3d.models import MiniVGGT
-from moe3d.training.augment import augment, shrink
+from moe3d.models.layers import ConvBlock
+from moe3d.training.augment import augment, shrink, zoom
 from moe3d.training.checkpoint import load_checkpoint, save_checkpoint
 from moe3d.training.pool import Pool
 from moe3d.training.trainer import warm_up_cosine
@@ -44,14 +45,12 @@ class PretrainOptions:
     """The run ends after this many steps ..."""
     minutes: float = 60.0
     """... or minutes, whichever comes first; the learning rate reaches zero there."""
-    learning_rate: float = 8e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.05
     frames: int = 4
     """Per step and process."""
-    pixels: tuple[int, int] = (9_500, 18_000)
-    """Of a frame, at most: in the first and in the second part of the run."""
-    second_part: float = 0.8
-    """The progress at which the second part begins. Most is learnt from many small pictures."""
+    stages: tuple[tuple[float, int], ...] = ((0.0, 9_500), (0.45, 18_000), (0.8, 38_000))
+    """From which progress on a frame has at most how many pixels. Most is learnt from many small pictures."""
     seed: int = 0
     autocast: bool = True
     """Convolutions and matrix products in bfloat16."""
@@ -113,7 +112,7 @@ class Run:
         options = self.options
         # Of the step alone, so that a resumed run sees what an uninterrupted one would have seen.
         rng = np.random.default_rng([options.seed, self.step, self.rank])
-        pixels = options.pixels[self.progress >= options.second_part]
+        pixels = next(pixels for start, pixels in reversed(options.stages) if self.progress >= start)
         batch = prepare(pool.draw(rng, options.frames), rng, pixels)
         rate = options.learning_rate * warm_up_cosine(self.progress, WARM_UP)
         for group in self.optimizer.param_groups:
@@ -195,6 +194,9 @@ def scale_initial_weights(model: MiniVGGT) -> None:
             layer.weight.normal_(std=layer.in_features**-0.5)
         for layer in (block.attn.proj, block.mlp[2]):  # these add up: two per block
             layer.weight.normal_(std=(2 * len(blocks) * layer.in_features) ** -0.5)
+    for module in model.aggregator.patch_embed.modules():
+        if isinstance(module, ConvBlock):
+            module.conv2.weight.zero_()  # begins as the identity
     for module in model.depth_head.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.normal_(std=module.weight[0].numel() ** -0.5)
@@ -202,8 +204,8 @@ def scale_initial_weights(model: MiniVGGT) -> None:
 
 
 def prepare(batch: dict[str, Tensor], rng: np.random.Generator, pixels: int) -> dict[str, Tensor]:
-    """A drawn batch made smaller, augmented, and in VGGT's normalised unit: images, depth, valid, pose_enc."""
-    batch = shrink(batch, rng, pixels)
+    """A drawn batch cut and made smaller, augmented, and in VGGT's normalised unit: images, depth, valid, pose_enc."""
+    batch = shrink(zoom(batch, rng), rng, pixels)
     batch = augment(batch | {"images": batch["images"] / 255, "depth": batch["depth"].float()}, rng)
     valid = batch["depth"] > 0
     depth, extrinsics = normalise_scale(batch["depth"], valid, batch["intrinsics"], batch["extrinsics"])

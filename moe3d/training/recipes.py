@@ -46,7 +46,7 @@ class Recipe:
     """Of the gate's softmax; the last value stays in the trained head."""
     num_experts: int = 4
     gate_hidden: int = 128
-    image_gate: bool = False
+    image_gate: bool | str = False
     init_noise: float = 0.3
     """Of the experts, relative to each tensor's standard deviation."""
     mode: str = "mean"
@@ -66,7 +66,7 @@ class Recipe:
         return {
             "num_experts": self.num_experts,
             "gate_hidden": self.gate_hidden,
-            "image_gate": self.image_gate and self.num_experts > 1,
+            "image_gate": self.image_gate if self.num_experts > 1 else False,
             "init_noise": self.init_noise,
             "temperature": self.temperature.at(0.0),
             "mode": "mean",  # a likelihood needs no decoding, and every other loss is one of the mean
@@ -106,7 +106,7 @@ BEST = Recipe(
     expected_cost_weight=0.5,
     camera_weight=1.0,
     num_experts=2,
-    image_gate=True,
+    image_gate="guided",
     mode="switch",
 )
 RECIPES = {"paper": PAPER, "best": BEST}

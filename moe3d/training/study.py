@@ -124,6 +124,7 @@ VARIANTS = {
     "nll-laplace": Variant("Laplace likelihood in log depth", _NLL),
     "nll-gaussian": Variant("Gaussian likelihood in log depth", replace(_NLL, loss="nll-gaussian")),
     "nll-laplace-image": Variant("Laplace likelihood, image branch in the gate", replace(_NLL, image_gate=True)),
+    "nll-laplace-guided": Variant("the same, the branch guided by the features", replace(_NLL, image_gate="guided")),
     "best": Variant("recipe best: the same with expected cost", BEST),
     "paper-k2": Variant("as published, K = 2", replace(PAPER, num_experts=2), every_seed=False),
     "paper-k8": Variant("as published, K = 8", replace(PAPER, num_experts=8), every_seed=False),

@@ -71,6 +71,14 @@ def test_a_file_patches_an_unpatched_model(tmp_path, heads):
     assert_equal(state(moe3d.unpatch_vggt(other)), state(models.mini()))
 
 
+@pytest.mark.parametrize("image_gate", [False, True, "guided"])
+def test_a_file_knows_its_image_gate(tmp_path, image_gate):
+    model = disturb(moe3d.patch_vggt(models.mini(), image_gate=image_gate))
+    moe3d.save_head(model, tmp_path / "h.safetensors")
+    other = moe3d.load_head(models.mini(), tmp_path / "h.safetensors")
+    assert_equal(predict(other), predict(model))
+
+
 def test_heads_of_different_configurations(tmp_path):
     model = trained(("depth",))
     disturb(moe3d.patch_vggt(model, 2, heads=("point",), temperature=2.0))

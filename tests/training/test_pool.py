@@ -9,7 +9,7 @@ import torch
 from moe3d.data.synthetic import render_scene
 from moe3d.geometry import project, unproject
 from moe3d.training import pool
-from moe3d.training.augment import jitter_colours, mirror, shrink
+from moe3d.training.augment import jitter_colours, mirror, shrink, zoom
 from moe3d.training.pool import Pool, read_shards, render_pool
 
 
@@ -91,6 +91,24 @@ def test_a_small_enough_batch_is_not_enlarged(pool_folder):
     sizes = {tuple(shrink(shard, np.random.default_rng(s), pixels=10**6)["depth"].shape[-2:]) for s in range(20)}
     assert (84, 112) in sizes
     assert max(height for height, _ in sizes) == 84
+
+
+def test_zooming_keeps_what_is_in_the_middle_where_it_is(pool_folder):
+    shard = read_shards(pool_folder, 1)[0]
+    height, width = shard["depth"].shape[-2:]
+    zoomed = [zoom(shard, np.random.default_rng(seed)) for seed in range(20)]
+    sizes = {tuple(batch["depth"].shape[-2:]) for batch in zoomed}
+    assert (height, width) in sizes and len(sizes) > 5
+    for batch in zoomed:
+        h, w = batch["depth"].shape[-2:]
+        y, x = (height - h) // 2, (width - w) // 2
+        assert (height - h) % 2 == (width - w) % 2 == 0 and h >= 0.5 * height
+        assert torch.equal(batch["depth"], shard["depth"][..., y : y + h, x : x + w])
+        assert torch.equal(batch["images"], shard["images"][..., y : y + h, x : x + w])
+        # A point in space is seen at the same place of the scene.
+        shift = shard["intrinsics"] - batch["intrinsics"]
+        assert torch.equal(shift[..., :2, 2], torch.tensor([x, y]).float().expand_as(shift[..., :2, 2]))
+        assert not shift[..., :2, :2].any()
 
 
 def test_colours_change_alike_in_all_frames_of_a_scene():

@@ -11,7 +11,7 @@ import torch
 from moe3d.training.pool import Pool
 from moe3d.training.pretrain import PretrainOptions, Run, prepare, pretrain_losses
 
-OPTIONS = PretrainOptions(steps=6, minutes=1e6, frames=2, pixels=(56 * 70, 56 * 70), checkpoint_seconds=0.0)
+OPTIONS = PretrainOptions(steps=6, minutes=1e6, frames=2, stages=((0.0, 56 * 70),), checkpoint_seconds=0.0)
 
 
 def test_a_few_steps_reduce_the_loss_of_every_task(pool_folder, tmp_path):
