@@ -8,7 +8,14 @@
 
 namespace moe {
 
-enum class Status : int32_t { ok = 0, out_of_memory = 1, unknown_isa = 2, isa_not_supported = 3 };
+enum class Status : int32_t {
+  ok = 0,
+  out_of_memory = 1,
+  unknown_isa = 2,
+  isa_not_supported = 3,
+  workspace_too_small = 4,
+  cuda_error = 1000,  // and above: 1000 + cudaError_t
+};
 
 enum class Element : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
@@ -67,5 +74,30 @@ namespace cpu {
 Status forward(const Problem& problem, const Outputs& outputs);
 Status backward(const Problem& problem, const Cotangents& cotangents, const Gradients& gradients);
 }  // namespace cpu
+
+// On a GPU every pointer is one of its addresses; `isa`, `threads` and `bf16` mean nothing. Work is enqueued on the
+// stream, nothing is allocated and nobody waits, so calls can be captured in a CUDA graph.
+namespace cuda {
+
+// Of the products of the 3x3 convolutions; sums are float32.
+enum class Arithmetic : int32_t { ieee = 0, tf32, bf16, fp16 };
+
+struct Execution {
+  Arithmetic arithmetic;
+  int32_t device;         // where all the memory is
+  void* stream;           // cudaStream_t
+  void* workspace;        // aligned to 256 bytes; as many bytes as the functions below ask for
+  int64_t workspace_bytes;
+};
+
+int64_t forward_workspace(const Problem& problem, Arithmetic arithmetic);
+Status forward(const Problem& problem, const Outputs& outputs, const Execution& execution);
+
+int64_t backward_workspace(const Problem& problem, Arithmetic arithmetic);
+Status backward(const Problem& problem, const Cotangents& cotangents, const Gradients& gradients,
+                const Execution& execution);
+
+const char* message(Status status);  // of a CUDA error
+}  // namespace cuda
 
 }  // namespace moe
