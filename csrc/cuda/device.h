@@ -57,10 +57,11 @@ struct Index3 {
 //
 //   int thread_index(), lane_index(), warp_index();  Index3 block_index();
 //   char* shared_memory();                       the block's dynamic shared memory, aligned to 128 bytes
-//   uint32_t shared_address(const void*);        its address for the three operations that take one:
+//   uint32_t shared_address(const void*);        its address for the operations that take one:
 //   void copy_async(uint32_t to, const void* from, bool real);   16 bytes, zeros where not `real` (never read then)
 //   void load_matrices(uint32_t (&r)[4], uint32_t row);          ldmatrix.x4: lane l names row l % 8 of matrix l / 8
 //   void load_matrices_transposed(uint32_t (&r)[4], uint32_t row);
+//   void load_shared(float (&v)[4], uint32_t from);              16 bytes
 //   void commit_copies();  template <int kPending> void wait_for_copies();
 //   void sync_block();  void sync_warp();
 //   void sync_some(int barrier, int threads);    named barrier 1..15: wait for `threads` to have come
@@ -68,7 +69,7 @@ struct Index3 {
 //   void multiply(Type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);   d += a b:
 //       m16n8k16 for Bf16 and Half, m16n8k8 for Tf32 (operands already rounded), fragments as in the PTX manual
 //   T shuffle(T, int lane);  T shuffle_xor(T, int mask);  bool any(bool);   of a warp; T is float, int or uint32_t
-//   float to_float(Bf16 | Half);
+//   float to_float(Bf16 | Half);  float as_float(uint32_t);  uint32_t as_bits(float);
 //   Bf16, Half or float (a tf32 in its bits) rounded<Type>(float);   to the nearest
 //   float fused(float a, float b, float c);              a * b + c, rounded once
 struct Tf32 {

@@ -30,6 +30,12 @@ MOE_DEVICE void copy_async(uint32_t to, const void* from, bool real) {
   const int bytes = real ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+MOE_DEVICE void load_shared(float (&v)[4], uint32_t from) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(from)
+               : "memory");
+}
 MOE_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 MOE_DEVICE void wait_for_copies() {
@@ -79,7 +85,9 @@ MOE_DEVICE T shuffle_xor(T value, int mask) {
 }
 MOE_DEVICE bool any(bool value) { return __any_sync(0xffffffffu, value); }
 
-MOE_DEVICE float to_float(Bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
+MOE_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+MOE_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
+MOE_DEVICE float to_float(Bf16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
 MOE_DEVICE float to_float(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 
 template <typename Type>
@@ -91,7 +99,7 @@ MOE_DEVICE auto rounded(float value) {
   } else {
     uint32_t bits;  // the matrix units would truncate; .rna keeps what is not finite
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-    return __uint_as_float(bits);
+    return as_float(bits);
   }
 }
 

@@ -251,13 +251,12 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 inline void copy_async(uint32_t to, const void* from, bool real) { emulator().copy(to, from, real); }
+inline void load_shared(float (&v)[4], uint32_t from) { std::memcpy(v, emulator().shared_at(from, 16), 16); }
 inline void commit_copies() { emulator().commit(); }
 template <int kPending>
 void wait_for_copies() {
   emulator().wait_copies(kPending);
 }
-
-
 inline void sync_warp() { emulator().exchange("sync_warp", 0); }
 inline void sync_some(int barrier, int threads) { emulator().meet(barrier, threads, true); }
 inline void arrive(int barrier, int threads) { emulator().meet(barrier, threads, false); }

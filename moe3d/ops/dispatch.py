@@ -8,30 +8,15 @@ from __future__ import annotations
 
 from moe3d.ops.backend import Backend
 from moe3d.ops.native import CPUBackend
+from moe3d.ops.native_cuda import CUDABackend
 from moe3d.ops.reference import ReferenceBackend
 from moe3d.ops.triton import TritonBackend
 from moe3d.ops.types import HeadOptions, HeadTensors
 
 
-class PlannedBackend(Backend):
-    """A name that users may ask for already, and that says plainly that this version cannot serve it."""
-
-    def __init__(self, what: str):
-        self._what = what
-
-    def unavailable(self) -> str | None:
-        return f"this version of moe3d does not have its {self._what} yet"
-
-    def forward(self, tensors, options):
-        raise NotImplementedError(self.unavailable())
-
-    def backward(self, tensors, options, cotangents, needs):
-        raise NotImplementedError(self.unavailable())
-
-
 _REGISTRY: dict[str, Backend] = {  # in the order in which "auto" tries them: the fastest first
     "triton": TritonBackend(),
-    "cuda": PlannedBackend("CUDA kernels"),
+    "cuda": CUDABackend(),
     "cpu": CPUBackend(),
     "reference": ReferenceBackend(),
 }

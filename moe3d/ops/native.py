@@ -50,28 +50,22 @@ class CPUBackend(Backend):
         return None
 
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
-        outputs = _empty_outputs(tensors, options)
-        call = _Call(tensors, options, bf16=_uses_bf16(tensors.x.dtype, options.precision))
+        outputs = empty_outputs(tensors, options)
+        call = _CPUCall(tensors, options, bf16=_uses_bf16(tensors.x.dtype, options.precision))
         call.run("cpu_forward", call.addresses("Outputs", outputs._asdict()))
         return outputs
 
     def backward(
         self, tensors: HeadTensors, options: HeadOptions, cotangents: MoEOutput, needs: HeadTensors
     ) -> HeadTensors:
-        gradients = {
-            name: _empty_gradient(name, value)
-            for name, value in tensors._asdict().items()
-            if value is not None and getattr(needs, name)
-        }
-        call = _Call(tensors, options, bf16=False)  # twice the work of bfloat16, and exact to the last reduction
+        gradients = empty_gradients(tensors, needs)
+        call = _CPUCall(tensors, options, bf16=False)  # twice the work of bfloat16, and exact to the last reduction
         call.run(
             "cpu_backward",
             call.addresses("Cotangents", call.keep_all(cotangents._asdict())),
             call.addresses("Gradients", gradients),
         )
-        if "x" in gradients:
-            gradients["x"] = gradients["x"].permute(0, 3, 1, 2)
-        return HeadTensors(*(gradients.get(name) for name in HeadTensors._fields))
+        return as_head_tensors(gradients)
 
 
 def has_bf16_products() -> bool:
@@ -89,12 +83,14 @@ def _uses_bf16(x: torch.dtype, precision: str) -> bool:
     return precision == "bf16" or (precision == "auto" and x == torch.bfloat16 and has_bf16_products())
 
 
-def _empty_outputs(t: HeadTensors, options: HeadOptions) -> MoEOutput:
+def empty_outputs(t: HeadTensors, options: HeadOptions) -> MoEOutput:
     batch, experts = t.x.shape[0], t.expert_w1.shape[0]
     channels = options.prediction_channels(t.expert_w2.shape[1])
 
     def new(*shape, present=True):
-        return torch.empty(*shape, options.height, options.width) if present else None
+        if not present:
+            return None
+        return torch.empty(*shape, options.height, options.width, device=t.x.device)
 
     return MoEOutput(
         prediction=new(batch, channels),
@@ -105,19 +101,29 @@ def _empty_outputs(t: HeadTensors, options: HeadOptions) -> MoEOutput:
     )
 
 
-def _empty_gradient(name: str, value: Tensor) -> Tensor:
-    """Contiguous float32; that of x with its channels last."""
-    shape = (*value.shape[:1], *value.shape[2:], value.shape[1]) if name == "x" else value.shape
-    return torch.empty(shape, dtype=torch.float32)
+def empty_gradients(tensors: HeadTensors, needs: HeadTensors) -> dict[str, Tensor]:
+    """Contiguous float32 memory for each gradient that is needed; that of x has its channels last."""
+    named = {n: value for n, value in tensors._asdict().items() if value is not None and getattr(needs, n)}
+    shapes = {n: value.shape for n, value in named.items()}
+    if "x" in named:
+        batch, channels, height, width = named["x"].shape
+        shapes["x"] = torch.Size((batch, height, width, channels))
+    return {n: torch.empty(shape, dtype=torch.float32, device=named[n].device) for n, shape in shapes.items()}
 
 
-class _Call:
-    """One call's description for the compiled module, and the float32 copies that must live until it returns."""
+def as_head_tensors(gradients: dict[str, Tensor]) -> HeadTensors:
+    if "x" in gradients:
+        gradients["x"] = gradients["x"].permute(0, 3, 1, 2)
+    return HeadTensors(*(gradients.get(name) for name in HeadTensors._fields))
 
-    def __init__(self, tensors: HeadTensors, options: HeadOptions, bf16: bool):
-        self._module: Any = _build.native().module  # there, or the dispatcher would not have come here
+
+class Call:
+    """One call's description for a compiled module, and the float32 copies that must live until it returns."""
+
+    def __init__(self, module: Any, tensors: HeadTensors, options: HeadOptions):
+        self.module = module
         self._kept: list[Tensor] = []
-        self._problem = self._describe(tensors, options, bf16)
+        self.problem = self._describe(tensors, options)
 
     def keep_all(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         return {name: None if value is None else self._keep(value) for name, value in tensors.items()}
@@ -129,20 +135,13 @@ class _Call:
         return value
 
     def addresses(self, kind: str, tensors: Mapping[str, Tensor | None]):
-        struct = getattr(self._module, kind)()
+        struct = getattr(self.module, kind)()
         for name, value in tensors.items():
             setattr(struct, name, 0 if value is None else value.data_ptr())
         return struct
 
-    def run(self, function: str, *structs) -> None:
-        status = getattr(self._module, function)(self._problem, *structs)
-        if status == 1:
-            raise MemoryError("moe_head: the cpu backend ran out of memory")
-        if status:
-            raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
-
-    def _describe(self, t: HeadTensors, options: HeadOptions, bf16: bool):
-        p = self._module.Problem()
+    def _describe(self, t: HeadTensors, options: HeadOptions):
+        p = self.module.Problem()
         p.batch, p.channels, p.in_height, p.in_width = t.x.shape
         p.height, p.width = options.height, options.width
         p.experts, p.expert_hidden, _, _, _ = t.expert_w1.shape
@@ -159,5 +158,17 @@ class _Call:
         confidence = options.conf_activation
         p.conf_activation = -1 if confidence is None else list(CONF_ACTIVATIONS).index(confidence)
         p.mode = MODES.index(options.mode)
-        p.bf16, p.isa, p.threads = bf16, isa(), torch.get_num_threads()
         return p
+
+
+class _CPUCall(Call):
+    def __init__(self, tensors: HeadTensors, options: HeadOptions, bf16: bool):
+        super().__init__(_build.native().module, tensors, options)  # there, or the dispatcher had not come here
+        self.problem.bf16, self.problem.isa, self.problem.threads = bf16, isa(), torch.get_num_threads()
+
+    def run(self, function: str, *structs) -> None:
+        status = getattr(self.module, function)(self.problem, *structs)
+        if status == 1:
+            raise MemoryError("moe_head: the cpu backend ran out of memory")
+        if status:
+            raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")

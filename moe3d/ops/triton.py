@@ -6,7 +6,6 @@ Triton is imported at the first call that needs it. With TRITON_INTERPRET=1 in t
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import re
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe3d.ops import gpu
 from moe3d.ops.backend import Backend
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 OLDEST_TRITON = (3, 6)
-OLDEST_GPU = (8, 0)
 INTERPRETER = (0, 0)  # its row in the launch tables
 MAX_EXPERTS = 16
 MAX_OUTPUTS = 15
@@ -47,7 +46,7 @@ class TritonBackend(Backend):
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
         from moe3d.kernels import passes
 
-        with _current_device(tensors.x):
+        with gpu.current_device(tensors.x):
             call = _call(tensors, options)
             outputs = passes.new_outputs(call)
             _run_forward(call, outputs, _forward_config(call, outputs))
@@ -58,7 +57,7 @@ class TritonBackend(Backend):
     ) -> HeadTensors:
         from moe3d.kernels import passes
 
-        with _current_device(tensors.x):
+        with gpu.current_device(tensors.x):
             call = _call(tensors, options)
             wanted = passes.Gradients(*needs[:10])
             parts: Any = map(_cotangent, cotangents)
@@ -75,7 +74,7 @@ class TritonBackend(Backend):
         call = _call(tensors, options)
 
         def run(config) -> MoEOutput:
-            with _current_device(tensors.x):
+            with gpu.current_device(tensors.x):
                 outputs = passes.new_outputs(call)
                 _run_forward(call, outputs, config)
             return MoEOutput(*outputs)
@@ -150,14 +149,8 @@ def _precision(x: Tensor, name: str):
     if name == "bf16" or (name == "auto" and x.dtype.itemsize == 2):
         return Precision(torch.bfloat16 if name == "bf16" else x.dtype, "upcast" if _interpreting() else "half")
     if name == "auto":
-        name = "tf32" if x.is_cuda and _convolutions_use_tf32() else "ieee"
+        name = "tf32" if x.is_cuda and gpu.convolutions_use_tf32() else "ieee"
     return Precision(torch.float32, name)
-
-
-def _convolutions_use_tf32() -> bool:
-    """Whether PyTorch's own float32 convolutions would: since 2.9 their setting has a name of its own."""
-    convolution = getattr(torch.backends.cudnn, "conv", None)
-    return torch.backends.cudnn.allow_tf32 if convolution is None else convolution.fp32_precision == "tf32"
 
 
 def _run_forward(call, outputs, config) -> None:
@@ -199,11 +192,6 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _current_device(x: Tensor):
-    """Triton launches on the current device's current stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -221,23 +209,13 @@ def _no_triton() -> str | None:
 def _no_device() -> str | None:
     if _interpreting():
         return None
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, where it is untested"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    return None
+    return gpu.unavailable()
 
 
 def _unsupported_device(device: torch.device) -> str | None:
     if device.type == "cpu" and _interpreting():
         return None
-    if device.type != "cuda":
-        return f"x is on {device.type!r}, not on a CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_GPU:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {_dotted(capability)}, below {_dotted(OLDEST_GPU)}"
-    return None
+    return gpu.unsupported(device)
 
 
 def _unsupported_call(t: HeadTensors, options: HeadOptions) -> str | None:
@@ -250,7 +228,3 @@ def _unsupported_call(t: HeadTensors, options: HeadOptions) -> str | None:
     if max(options.height, options.width, *t.x.shape[2:]) > MAX_SIDE:
         return f"an image side is longer than {MAX_SIDE} pixels"
     return None
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -59,10 +59,10 @@ def test_it_is_used_only_where_it_is_asked_for(monkeypatch):
 
 
 def test_tensors_elsewhere_and_old_gpus(monkeypatch):
-    from moe3d.ops.triton import _unsupported_device
+    from moe3d.ops.gpu import unsupported
 
-    assert "'cpu'" in _unsupported_device(torch.device("cpu"))
+    assert "'cpu'" in unsupported(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     for capability, reason in (((7, 5), "Tesla T4 has compute capability 7.5, below 8.0"), ((9, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert _unsupported_device(torch.device("cuda")) == reason
+        assert unsupported(torch.device("cuda")) == reason

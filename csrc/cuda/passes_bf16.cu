@@ -1,0 +1,5 @@
+#include "passes.h"
+
+namespace moe::cuda {
+MOE_INSTANTIATE(Bf16)
+}  // namespace moe::cuda
