@@ -1,11 +1,14 @@
 """What pyproject.toml cannot say: kernels/ is installed as moe3d.kernels, and CMake builds csrc/ into moe3d._native.
 
-MOE3D_BUILD chooses what is built: "auto" (the default: what can be, and a record of what could not), "cpu" or "cuda"
-(fails where that part cannot be built), "off" (pure Python). No build needs PyTorch or looks for a GPU.
+MOE3D_BUILD chooses what is built: "auto" (the default: what can be, and a record of what could not), "cpu" (C++ alone)
+or "cuda" (C++ and CUDA; both fail where that cannot be built), "off" (pure Python). CUDA needs nvcc, which CUDACXX may
+name; MOE3D_CUDA_ARCHS says for which compute capabilities. No build needs PyTorch or looks for a GPU.
 """
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +19,36 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 CHOICES = ("auto", "cpu", "cuda", "off")
-NO_CUDA = "this version of moe3d has no CUDA sources yet"
+CUDA_ARCHS = "80,90"  # by default; the newest one also as PTX, which newer GPUs compile for themselves
+NO_NVCC = "no nvcc was found (named by CUDACXX, in CUDA_HOME, on PATH, or in /usr/local/cuda)"
 
 
 def choice() -> str:
     value = os.environ.get("MOE3D_BUILD", "auto")
     if value not in CHOICES:
         raise SystemExit(f"MOE3D_BUILD must be one of {', '.join(CHOICES)}, got {value!r}")
-    if value == "cuda":
-        raise SystemExit(f"MOE3D_BUILD=cuda cannot be built: {NO_CUDA}")
+    if value == "cuda" and nvcc() is None:
+        raise SystemExit(f"MOE3D_BUILD=cuda cannot be built: {NO_NVCC}")
     return value
+
+
+def nvcc() -> str | None:
+    named = os.environ.get("CUDACXX")
+    if named:
+        return shutil.which(named)
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [*(f"{home}/bin" for home in homes), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def cuda_archs() -> str:
+    """MOE3D_CUDA_ARCHS ("80,90", or "8.0 9.0") in CMake's words: code for each, PTX for the newest."""
+    asked = os.environ.get("MOE3D_CUDA_ARCHS") or CUDA_ARCHS
+    archs = [word.replace(".", "") for word in re.split(r"[,; ]+", asked.strip())]
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) and int(arch.rstrip("af")) >= 80 for arch in archs):
+        raise SystemExit(f"MOE3D_CUDA_ARCHS must list compute capabilities from 8.0 on, like {CUDA_ARCHS}; got {asked!r}")
+    archs.sort(key=lambda arch: (int(arch.rstrip("af")), arch))
+    return ";".join([*(f"{arch}-real" for arch in archs[:-1]), archs[-1]])
 
 
 def write_record(package: Path, cpu: str | None, cuda: str | None) -> None:
@@ -42,21 +65,33 @@ class BuildNative(build_ext):
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         module.unlink(missing_ok=True)  # an earlier build's must not stand in for one that fails
-        reason = None
+        cpu = cuda = None
+        if CHOICE == "cpu":
+            cuda = "it was built with MOE3D_BUILD=cpu"
+        elif nvcc() is None:
+            cuda = NO_NVCC
+        if cuda is None:
+            cuda = self.attempt(module, "CUDA")
+        if cuda is not None:
+            cpu = self.attempt(module)
+        write_record(module.parent, cpu=cpu, cuda=cuda)
+
+    def attempt(self, module: Path, *parts: str) -> str | None:
+        """Builds the C++ part and those named; why not, where a build may go on without."""
         try:
-            self.cmake(module)
+            self.cmake(module, *parts)
         except BuildFailure as failure:
             if CHOICE != "auto":
                 raise SystemExit(f"moe3d: the native build failed: {failure}") from failure
-            reason = f"its build failed: {failure}"
-            print(f"moe3d: installing without the C++ part, because {reason}", file=sys.stderr)
-        write_record(module.parent, cpu=reason, cuda=NO_CUDA)
+            print(f"moe3d: going on without the {parts[0] if parts else 'C++'} part: {failure}", file=sys.stderr)
+            return f"its build failed: {failure}"
+        return None
 
-    def cmake(self, module: Path) -> None:
+    def cmake(self, module: Path, *parts: str) -> None:
         import ninja
         import pybind11
 
-        build = Path(self.build_temp).resolve()
+        build = Path(self.build_temp).resolve() / "-".join(("cpu", *(part.lower() for part in parts)))
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             *("cmake", "-G", "Ninja", "-S", ROOT / "csrc", "-B", build),
@@ -67,6 +102,8 @@ class BuildNative(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
         ]
+        if "CUDA" in parts:
+            configure += ["-DMOE3D_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc()}", f"-DMOE3D_CUDA_ARCHS={cuda_archs()}"]
         run(configure)
         run(["cmake", "--build", build])
 

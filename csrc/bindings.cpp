@@ -164,6 +164,42 @@ void bind_layers(py::module_& m) {
   m.def("weights_panel", [](const std::string& isa) { return cpu::weights_panel(isa.c_str()); });
 }
 
+#ifdef MOE3D_CUDA
+void bind_cuda(py::module_& m) {
+  namespace cuda = moe::cuda;
+  m.attr("cuda_compiler") = MOE3D_CUDA;
+  py::class_<cuda::Execution> cls(m, "Execution");
+  cls.def(py::init([] { return cuda::Execution{}; }));
+  cls.def_property(
+      "arithmetic", [](const cuda::Execution& self) { return static_cast<int>(self.arithmetic); },
+      [](cuda::Execution& self, int code) { self.arithmetic = static_cast<cuda::Arithmetic>(code); });
+  cls.def_readwrite("device", &cuda::Execution::device);
+  cls.def_readwrite("workspace_bytes", &cuda::Execution::workspace_bytes);
+  def_address(cls, "stream", &cuda::Execution::stream);
+  def_address(cls, "workspace", &cuda::Execution::workspace);
+  const auto def_workspace = [&](const char* name, int64_t (*bytes)(const Problem&, cuda::Arithmetic)) {
+    m.def(name, [bytes](const OwnedProblem& p, int arithmetic) {
+      return bytes(p, static_cast<cuda::Arithmetic>(arithmetic));
+    });
+  };
+  def_workspace("cuda_forward_workspace", cuda::forward_workspace);
+  def_workspace("cuda_backward_workspace", cuda::backward_workspace);
+  m.def(
+      "cuda_forward",
+      [](const OwnedProblem& p, const moe::Outputs& out, const cuda::Execution& e) {
+        return static_cast<int>(cuda::forward(p, out, e));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_backward",
+      [](const OwnedProblem& p, const moe::Cotangents& given, const moe::Gradients& out, const cuda::Execution& e) {
+        return static_cast<int>(cuda::backward(p, given, out, e));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_message", [](int status) { return std::string(cuda::message(static_cast<moe::Status>(status))); });
+}
+#endif
+
 // A number that changes with the values of the arrays, of each of which it reads a few: (address, floats) pairs.
 uint64_t fingerprint(const std::vector<std::pair<uintptr_t, int64_t>>& arrays) {
   constexpr int64_t kSamples = 64;
@@ -207,4 +243,7 @@ PYBIND11_MODULE(_native, m) {
         return static_cast<int>(moe::cpu::backward(p, given, out));
       },
       py::call_guard<py::gil_scoped_release>());
+#ifdef MOE3D_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -97,7 +97,7 @@ int64_t backward_workspace(const Problem& problem, Arithmetic arithmetic);
 Status backward(const Problem& problem, const Cotangents& cotangents, const Gradients& gradients,
                 const Execution& execution);
 
-const char* message(Status status);  // of a CUDA error
+const char* message(Status status);  // what a status other than ok says
 }  // namespace cuda
 
 }  // namespace moe

@@ -8,6 +8,7 @@ namespace moe::cuda {
 inline Status enter(const Execution& execution) { return cuda_status(cudaSetDevice(execution.device)); }
 
 const char* message(Status status) {
+  if (status == Status::workspace_too_small) return "its workspace is too small";
   return cudaGetErrorString(static_cast<cudaError_t>(static_cast<int>(status) - static_cast<int>(Status::cuda_error)));
 }
 

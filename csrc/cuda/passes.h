@@ -10,8 +10,9 @@ namespace moe::cuda {
 
 // What a band may take of the workspace, beside what does not depend on the image. One frame of VGGT's in bfloat16 is
 // one band of the forward pass. An image so wide that one row of tiles needs more gets that row.
-constexpr int64_t kForwardBytes = 96 << 20;
-constexpr int64_t kBackwardBytes = 128 << 20;
+struct BandBytes {
+  static inline int64_t forward = 96 << 20, backward = 128 << 20;  // variables, because tests want small bands
+};
 
 #define MOE_TRY(call)                                                  \
   do {                                                                 \
@@ -86,7 +87,7 @@ class ForwardPass {
     const int64_t pitch = tile_columns_ * kTile;
     const int64_t row_bytes = (pitch + 2) * packed_.channels * static_cast<int64_t>(sizeof(Operand<Arithmetic>)) +
                               pitch * plan_.columns.slots() * static_cast<int64_t>(sizeof(float));
-    const int64_t rows = kForwardBytes / row_bytes;
+    const int64_t rows = BandBytes::forward / row_bytes;
     frames_ = static_cast<int>(std::clamp<int64_t>(rows / (tile_rows * kTile + 2), 1, std::min<int64_t>(p.batch, 65535)));
     const int64_t most = std::clamp<int64_t>((rows - 2) / kTile, 1, tile_rows);
     rows_ = static_cast<int>(divide_up(tile_rows, divide_up(tile_rows, most))) * kTile;
@@ -164,7 +165,7 @@ class BackwardPass {
     pitch_ = static_cast<int>(round_up(p.width, kPixelChunk));
     const int64_t numbers = columns.slots() + columns.raw_outputs() + p.experts + input_.columns;
     const int64_t row_bytes = (pitch_ + 2) * (channels + columns.total) * size + pitch_ * numbers * 4;
-    const int64_t most = std::clamp<int64_t>(kBackwardBytes / row_bytes / kTile, 1, divide_up(p.height + 2, kTile));
+    const int64_t most = std::clamp<int64_t>(BandBytes::backward / row_bytes / kTile, 1, divide_up(p.height + 2, kTile));
     const int64_t bands = divide_up(p.height, most * kTile - 2);
     tile_rows_ = static_cast<int>(divide_up(divide_up(p.height, bands) + 2, kTile)) * kTile;
 

@@ -22,6 +22,11 @@ int64_t moe_size_of_execution() { return sizeof(moe::cuda::Execution); }
 
 void moe_policy(int order, bool late_copies) { moe::cuda::emulator().policy = {order, late_copies}; }
 
+void moe_band_bytes(int64_t forward, int64_t backward) {
+  moe::cuda::BandBytes::forward = forward;
+  moe::cuda::BandBytes::backward = backward;
+}
+
 int64_t moe_cuda_forward_workspace(const moe::Problem* p, int arithmetic) {
   return moe::cuda::forward_workspace(*p, static_cast<moe::cuda::Arithmetic>(arithmetic));
 }

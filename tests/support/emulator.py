@@ -103,6 +103,10 @@ class Emulator:
         """The order of threads between two barriers (0 up, 1 down, else a shuffle), and when copies happen."""
         self._library.moe_policy(order, ctypes.c_bool(late_copies))
 
+    def band_bytes(self, forward: int = 96 << 20, backward: int = 128 << 20) -> None:
+        """What a band may take of the workspace; without arguments, as it is on a GPU."""
+        self._library.moe_band_bytes(ctypes.c_int64(forward), ctypes.c_int64(backward))
+
     def cuda_message(self, status: int) -> str:
         return f"status {status}"
 
