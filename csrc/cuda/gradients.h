@@ -112,11 +112,10 @@ struct RowSums {
 };
 
 // The 3x3 weights' gradient: for each tap, features transposed times hidden gradients, summed over pixels. A block has
-// 64 channels of one tap x a group of columns, over the rows of its split: split, split + kSplits, ...
+// 64 channels of one tap x a group of columns, over the rows of its split: split, split + splits, ...
 template <class Arithmetic, int kWidth>
 struct WeightGradient {
   static constexpr int kThreads = 256;
-  static constexpr int kSplits = 16;
   static constexpr int kStages = 3;
   static constexpr int kPixels = 32;    // of a row, in one step
   static constexpr int kChannels = 64;  // of the features
@@ -133,12 +132,13 @@ struct WeightGradient {
     Band feature_band, hidden_band;
     int feature_row, hidden_row;  // of the bands: that of the first pixel summed, under the first tap and under none
     int rows, chunks;             // rows summed, and kPixels of each
+    int splits;
     bool first;
     float* sums;                  // [splits][taps][channels][columns]
   };
 
   static Grid grid(const Params& p) {
-    return {kTaps * divide_up(p.feature_band.channels, kChannels), divide_up(p.hidden_band.channels, kWidth), kSplits};
+    return {kTaps * divide_up(p.feature_band.channels, kChannels), divide_up(p.hidden_band.channels, kWidth), p.splits};
   }
 
   MOE_DEVICE static void run(const Params& p) {
@@ -146,10 +146,10 @@ struct WeightGradient {
     const int tap = block_index().x / blocks, split = block_index().z;
     const int first_channel = block_index().x % blocks * kChannels, first_column = block_index().y * kWidth;
     const uint32_t ring = shared_address(shared_memory());
-    const int steps = split < p.rows ? ((p.rows - split - 1) / kSplits + 1) * p.chunks : 0;
+    const int steps = split < p.rows ? ((p.rows - split - 1) / p.splits + 1) * p.chunks : 0;
 
     const auto copy = [&](int step) {
-      const int row = split + step / p.chunks * kSplits, column = step % p.chunks * kPixels;
+      const int row = split + step / p.chunks * p.splits, column = step % p.chunks * kPixels;
       const uint32_t to = ring + step % kStages * kStageBytes;
       const auto* features = p.features + first_channel +
                              p.feature_band.pixel(0, p.feature_row + row + tap / 3, column + tap % 3) *

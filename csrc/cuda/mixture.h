@@ -228,7 +228,8 @@ struct Reach {
   };
 
   static Grid grid(const Params& p) {
-    return {p.head.tile_columns, divide_up(p.head.planes.rows, kTile), p.head.planes.frames};
+    const int64_t rows = std::min<int64_t>(p.head.planes.rows, p.head.problem.height - p.head.planes.first_row);
+    return {p.head.tile_columns, divide_up(rows, kTile), p.head.planes.frames};
   }
 
   MOE_DEVICE static void run(const Params& p) {
@@ -237,15 +238,16 @@ struct Reach {
     constexpr int kWarps = kThreads / kWarp;
     const int row = block_index().y * kTile + thread_index() / kTile;
     const int column = block_index().x * kTile + thread_index() % kTile;
-    const Head::Pixel at = head.at(block_index().z, row, column);
-    const bool inside = column < head.problem.width && at.row < head.problem.height;
-    // outside the image the planes hold sums of the padding: finite or not, they have no say
-    const Gate<Mixture::Logit> gate(Mixture::Logit{head, at}, inside ? head.columns.experts : 1,
-                                    head.problem.temperature);
+    const int last_row = static_cast<int>(head.problem.height) - 1 - head.planes.first_row;
+    const int last_column = static_cast<int>(head.problem.width) - 1;
+    const bool inside = row <= last_row && column <= last_column;  // others repeat the edge, and have no say
+    const Head::Pixel at =
+        head.at(block_index().z, row < last_row ? row : last_row, column < last_column ? column : last_column);
+    const Gate<Mixture::Logit> gate(Mixture::Logit{head, at}, head.columns.experts, head.problem.temperature);
     bool strange = false;
-    for (int k = 0; inside && k < head.columns.experts; ++k) strange = strange || !is_finite(head.logit(at, k));
+    for (int k = 0; k < head.columns.experts; ++k) strange = strange || (inside && !is_finite(head.logit(at, k)));
     for (int k = 0; k < head.columns.experts; ++k) {
-      const bool here = any(inside && (strange || gate.weight(k) >= p.threshold));
+      const bool here = any(inside && gate.weight(k) >= p.threshold);
       if (lane_index() == 0) found[k * kWarps + warp_index()] = here;
     }
     const bool strange_warp = any(strange);

@@ -169,13 +169,14 @@ class BackwardPass {
     const int64_t bands = divide_up(p.height, most * kTile - 2);
     tile_rows_ = static_cast<int>(divide_up(divide_up(p.height, bands) + 2, kTile)) * kTile;
 
+    splits_ = std::min(kMostSplits, std::min(tile_rows_ - 2, static_cast<int>(p.height)));
     adjoint_ = arena_.template take<Type>(static_cast<int64_t>(input_.columns) * columns.total * kTaps);
     features_ = arena_.template take<Type>(feature_band(0, 0).pixels() * channels);
     hidden_ = arena_.template take<Type>(hidden_band(0, 0).pixels() * columns.total);
     slots_ = arena_.template take<float>(planes(0, 0).size() * columns.slots());
     raw_ = arena_.template take<float>(planes(0, 0).size() * (columns.raw_outputs() + p.experts));
     input_gradients_ = arena_.template take<float>(planes(0, 0).size() * input_.columns);
-    sum_w1_ = arena_.template take<float>(kSplits * kTaps * channels * columns.total);
+    sum_w1_ = arena_.template take<float>(splits_ * kTaps * channels * columns.total);
     sum_w2_ = arena_.template take<float>(static_cast<int64_t>(tile_rows_ + 2) * columns.most_outputs() * columns.total);
     sum_b1_ = arena_.template take<float>(static_cast<int64_t>(tile_rows_ + 2) * columns.total);
     sum_b2_ = arena_.template take<float>(static_cast<int64_t>(tile_rows_) * columns.raw_outputs());
@@ -196,7 +197,7 @@ class BackwardPass {
 
  private:
   static constexpr int kPixelChunk = WeightGradient<Arithmetic, kNarrow>::kPixels;
-  static constexpr int kSplits = WeightGradient<Arithmetic, kNarrow>::kSplits;
+  static constexpr int kMostSplits = 16;  // partial sums of the 3x3 weights' gradient
 
   // the band's own rows from `row` on, one above and below; features have yet another, for the convolution
   Band feature_band(int frame, int row) const { return {frame, 1, row - 2, tile_rows_ + 2, pitch_ + 2, packed_.channels}; }
@@ -244,7 +245,8 @@ class BackwardPass {
                             void* stream) {
     using Kernel = WeightGradient<Arithmetic, kWidth>;
     const typename Kernel::Params params = {self.features_, self.hidden_, features, hidden, 1, 1, rows,
-                                            self.pitch_ / Kernel::kPixels, first, self.sum_w1_};
+                                            self.pitch_ / Kernel::kPixels, self.splits_, first,
+                                            self.sum_w1_};
     return launch<Kernel>(params, Kernel::grid(params), Kernel::kSharedBytes, stream);
   }
 
@@ -260,7 +262,7 @@ class BackwardPass {
   Status collect(const Gradients& wanted, void* stream) const {
     const Columns& columns = plan_.columns;
     if (first_layer(wanted))
-      MOE_TRY(launch<CollectWeights>({columns, sum_w1_, kSplits, packed_.channels, static_cast<int>(p_.channels),
+      MOE_TRY(launch<CollectWeights>({columns, sum_w1_, splits_, packed_.channels, static_cast<int>(p_.channels),
                                       wanted.expert_w1, wanted.gate_w1}, stream));
     if (!others(wanted)) return Status::ok;
     MOE_TRY(launch<CollectColumns>({columns, tile_rows_ + 2, sum_w2_, sum_b1_, wanted.expert_b1, wanted.expert_w2,
@@ -273,7 +275,7 @@ class BackwardPass {
   Arena arena_;
   Packed<Arithmetic> packed_;
   Section input_;  // of the adjoint: the input's channels
-  int pitch_, tile_rows_;
+  int pitch_, tile_rows_, splits_;
   Operand<Arithmetic>*adjoint_, *features_, *hidden_;
   float *slots_, *raw_, *input_gradients_, *sum_w1_, *sum_w2_, *sum_b1_, *sum_b2_;
 };

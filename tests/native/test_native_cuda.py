@@ -41,6 +41,7 @@ def emulated(emulator, monkeypatch):
         return memory.fill_(torch.nan if memory.is_floating_point() else 255)
 
     monkeypatch.setitem(dispatch._REGISTRY, "cuda", emulation.EmulatedBackend(emulator))
+    monkeypatch.setattr(gpu, "convolutions_use_tf32", lambda: False)
     for module in (native, native_cuda):
         monkeypatch.setattr(module, "torch", _Patched(poisoned))
     yield
@@ -80,7 +81,7 @@ def assert_equal(a, b):
         {"batch": 2, "pos": True, "gate_logits": True},
         {"experts": 1, "gate": False, "source": (1, 1), "size": (3, 2)},
         {"experts": 1, "mode": "argmax"},
-        {"experts": 16, "prediction_channels": 3, "hidden": 3, "activation": "norm_exp"},
+        {"experts": 16, "prediction_channels": 3, "hidden": 2, "activation": "norm_exp", "size": (2, 3)},
         {"experts": 4, "hidden": 33, "gate_hidden": 70, "channels": 20, "pos": True},  # wide groups, not full
         {"experts": 2, "hidden": 17, "gate_hidden": 1, "channels": 33, "source": (2, 17), "size": (3, 34)},  # tiles
         {"source": (6, 8), "size": (3, 5), "mode": "switch", "gap": 0.1, "temperature": 0.5},
@@ -103,7 +104,7 @@ def test_as_accurate_as_pytorch(case):
 def test_sixteen_bits_are_as_accurate_as_pytorchs(dtype, precision):
     if (dtype, precision) == (torch.float32, "auto"):
         pytest.skip("is float32 here")
-    case = {"channels": 40, "hidden": 9, "pos": True, "gate_logits": True}
+    case = {"channels": 40, "experts": 2, "pos": True, "gate_logits": True}
     assert_as_accurate_as_pytorch(RUNNER, dtype=dtype, precision=precision, **SMALL | case)
 
 
@@ -133,14 +134,13 @@ def test_tf32_has_the_error_of_its_operands():
 def test_the_order_of_threads_and_copies_changes_no_bit(emulator, precision, wide):
     """What a missing barrier, or a copy that nobody waits for, would."""
     head = {"hidden": 40, "gate_hidden": 30} if wide else {"hidden": 9, "gate_hidden": 20}
-    skip = {"skip_below": 1e-6}
-    problem = random_problem(channels=40, source=(2, 9), size=(4, 18), batch=1, experts=2, pos=True, **head)
+    problem = random_problem(channels=40, source=(2, 3), size=(3, 18), batch=1, experts=2, pos=True, **head)
     found = []
-    for order, late in ((0, True), (1, False), (2, True), (3, False)):
+    for order, late in ((0, True), (1, False), (2, True)):
         emulator.policy(order, late)
-        outputs = run(problem, precision=precision, return_experts=True)
-        found.append([*outputs, *run(problem, precision=precision, **skip)[:3]])
-        if order < 3:
+        skipping = run(problem, precision=precision, skip_below=1e-6)
+        found.append([*skipping[:3], *run(problem, precision=precision)[:3]])
+        if order < 2:
             found[-1] += gradients(problem, precision=precision).values()
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=False))
