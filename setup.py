@@ -46,7 +46,9 @@ def cuda_archs() -> str:
     asked = os.environ.get("MOE3D_CUDA_ARCHS") or CUDA_ARCHS
     archs = [word.replace(".", "") for word in re.split(r"[,; ]+", asked.strip())]
     if not all(re.fullmatch(r"\d{2,3}[af]?", arch) and int(arch.rstrip("af")) >= 80 for arch in archs):
-        raise SystemExit(f"MOE3D_CUDA_ARCHS must list compute capabilities from 8.0 on, like {CUDA_ARCHS}; got {asked!r}")
+        raise SystemExit(
+            f"MOE3D_CUDA_ARCHS must list compute capabilities from 8.0 on, like {CUDA_ARCHS}; got {asked!r}"
+        )
     archs.sort(key=lambda arch: (int(arch.rstrip("af")), arch))
     return ";".join([*(f"{arch}-real" for arch in archs[:-1]), archs[-1]])
 

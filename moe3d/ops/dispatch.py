@@ -13,7 +13,6 @@ from moe3d.ops.reference import ReferenceBackend
 from moe3d.ops.triton import TritonBackend
 from moe3d.ops.types import HeadOptions, HeadTensors
 
-
 _REGISTRY: dict[str, Backend] = {  # in the order in which "auto" tries them: the fastest first
     "triton": TritonBackend(),
     "cuda": CUDABackend(),

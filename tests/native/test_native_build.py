@@ -1,4 +1,4 @@
-"""What MOE3D_BUILD and its relatives make setup.py do: with stand-ins for nvcc, CMake and Ninja, and nothing compiled."""
+"""What MOE3D_BUILD and its relatives make setup.py do: stand-ins for nvcc, CMake and Ninja, and nothing compiled."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import moe3d
 from moe3d import _build
 from moe3d.ops import dispatch, gpu, native, native_cuda
 from support import emulator as emulation
@@ -33,7 +32,7 @@ def emulator():
 
 @pytest.fixture(autouse=True)
 def emulated(emulator, monkeypatch):
-    """"cuda" runs on the emulator, in memory that is NaN until it is written."""
+    """The backend runs on the emulator, in memory that is NaN until it is written."""
     empty = torch.empty
 
     def poisoned(*args, **kwargs):

@@ -1,7 +1,7 @@
-"""The machine code of the CUDA kernels in the compiled module, for every GPU that it was built for: none needs be there.
+"""The machine code of the CUDA kernels in the compiled module, for every GPU it was built for: none needs be there.
 
-Registers, local memory and tensor-core instructions are compared with ``compiled.json``; after a change of the kernels or
-of nvcc, see what moved and write it anew with ``python tests/native/test_native_cuda_code.py``.
+Registers, local memory and tensor-core instructions are compared with ``compiled.json``; after a change of the kernels
+or of nvcc, see what moved and write it anew with ``python tests/native/test_native_cuda_code.py``.
 """
 
 from __future__ import annotations
@@ -128,5 +128,5 @@ def test_nothing_has_grown():
 
 
 if __name__ == "__main__":
-    figures = {arch: {n: r._asdict() for n, r in sorted(kernels.items())} for arch, kernels in sorted(reports().items())}
+    figures = {arch: {name: r._asdict() for name, r in sorted(found.items())} for arch, found in reports().items()}
     TABLE.write_text(json.dumps({"nvcc": module().cuda_compiler, **figures}, indent=1) + "\n")
