@@ -5,6 +5,8 @@
 
 namespace moe::cuda {
 
+MOE_COMMON_KERNELS()
+
 // The result of a member of Passes<>, for the arithmetic that is asked for.
 #define MOE_WITH(arithmetic, call)                                \
   switch (arithmetic) {                                           \

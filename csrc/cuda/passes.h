@@ -24,6 +24,19 @@ Status launch(const typename Kernel::Params& params, void* stream) {
   return launch<Kernel>(params, Kernel::grid(params), 0, stream);
 }
 
+// Kernels that no arithmetic enters are compiled once, with head.h.
+#define MOE_COMMON_KERNELS(prefix)                                                       \
+  prefix template Status launch<PackColumns>(const PackColumns::Params&, void*);         \
+  prefix template Status launch<Downsample>(const Downsample::Params&, void*);           \
+  prefix template Status launch<Mix>(const Mix::Params&, void*);                         \
+  prefix template Status launch<Reach>(const Reach::Params&, Grid, size_t, void*);       \
+  prefix template Status launch<MixGradient>(const MixGradient::Params&, void*);         \
+  prefix template Status launch<RowSums>(const RowSums::Params&, void*);                 \
+  prefix template Status launch<CollectWeights>(const CollectWeights::Params&, void*);   \
+  prefix template Status launch<CollectColumns>(const CollectColumns::Params&, void*);   \
+  prefix template Status launch<CollectBiases>(const CollectBiases::Params&, void*);
+MOE_COMMON_KERNELS(extern)
+
 template <class Arithmetic, int kWidth, class Epilogue>
 Status convolve_groups(const Operand<Arithmetic>* input, const Band& band, const Operand<Arithmetic>* weights,
                        int columns, Section section, const Epilogue& epilogue, int rows, int width, void* stream) {

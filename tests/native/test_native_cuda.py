@@ -128,8 +128,7 @@ def test_tf32_has_the_error_of_its_operands():
         assert error(leaf.grad, double.tensors[name].grad) < 1e-2, name
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow groups", "wide groups"])
+@pytest.mark.parametrize(("precision", "wide"), [("ieee", False), ("bf16", False), ("bf16", True), ("tf32", True)])
 def test_the_order_of_threads_and_copies_changes_no_bit(emulator, precision, wide):
     """What a missing barrier, or a copy that nobody waits for, would."""
     head = {"hidden": 40, "gate_hidden": 30} if wide else {"hidden": 9, "gate_hidden": 20}

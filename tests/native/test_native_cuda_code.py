@@ -73,7 +73,7 @@ def readable(mangled: str) -> str:
 
 @functools.cache
 def reports() -> dict[str, dict[str, Report]]:
-    """{GPU: {kernel: report}}; instances that several files share are listed once."""
+    """{GPU: {kernel: report}}."""
     found: dict[str, dict[str, Report]] = defaultdict(dict)
     usage: dict[tuple[str, str], tuple[int, int]] = {}
     arch = ""
@@ -85,7 +85,7 @@ def reports() -> dict[str, dict[str, Report]]:
         elif "REG:" in line:
             registers, stack, local = (int(re.search(rf"{key}:(\d+)", line)[1]) for key in ("REG", "STACK", "LOCAL"))
             usage[arch, name] = registers, stack + local
-    for part in re.split(r"^(?=\s*code for sm_)", dump("--dump-sass"), flags=re.M)[1:]:
+    for part in re.split(r"^(?=[ \t]*code for sm_)", dump("--dump-sass"), flags=re.M)[1:]:
         arch = re.search(r"code for (sm_\w+)", part)[1]
         for function in part.split("Function : ")[1:]:
             name = function.split(maxsplit=1)[0]
@@ -115,7 +115,7 @@ def test_the_products_use_the_tensor_cores_and_fit():
                 assert report.local == 0, f"{arch}: {name} spills: {report}"
             if family in PRODUCTS:
                 assert report.registers * 256 <= REGISTERS, (arch, name, report)
-                assert (report.matrix >= 8) == ("Ieee" not in rest), (arch, name, report)
+                assert (report.matrix >= 4) == ("Ieee" not in rest), (arch, name, report)
 
 
 def test_nothing_has_grown():
