@@ -18,7 +18,7 @@ VENV_FLAGS :=
 PIP_FLAGS  := -c constraints.txt
 endif
 
-.PHONY: demo test test-real test-export bench gpu native-sanitize lint docs dist test-dist clean
+.PHONY: demo test test-real test-export test-emulated bench gpu native-sanitize lint docs dist test-dist clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
@@ -35,6 +35,10 @@ test-real: $(VENV)/.tools
 # The tests of exported models, with those that compile C++ for minutes.
 test-export: $(VENV)/.tools
 	MOE3D_COMPILE=1 $(VENV)/bin/pytest -q tests/export
+
+# The operation's tests, all of them, with the CUDA kernels on the emulator (csrc/test/device_host.h).
+test-emulated: $(VENV)/.tools
+	MOE3D_EMULATE_CUDA=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 tests/ops -k cuda-cpu
 
 # Appends to bench/results/ and draws bench/results/*.svg anew.
 bench: $(VENV)/.tools

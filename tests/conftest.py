@@ -26,6 +26,10 @@ def pytest_configure(config):
         # Started in the background; what tests start would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(RealVggtSkips(), "real-vggt-skips")
+    if os.environ.get("MOE3D_EMULATE_CUDA") == "1":  # set by `make test-emulated`
+        from support import emulator
+
+        emulator.install()
 
 
 class RealVggtSkips:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from moe3d import _build
 
@@ -125,6 +126,13 @@ def test_nothing_has_grown():
     for arch, kernels in reports().items():
         for name, report in kernels.items():
             assert report._asdict() == pytest.approx(table[arch][name], rel=0.05), (arch, name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_without_a_driver_a_launch_is_an_error_in_words():
+    problem, execution = module().Problem(), module().Execution()
+    status = module().cuda_forward(problem, module().Outputs(), execution)
+    assert status >= 1000 and len(module().cuda_message(status)) > 10
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from moe3d.ops import dispatch, gpu
 from moe3d.ops.native_cuda import CUDABackend
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -123,3 +124,9 @@ class EmulatedBackend(CUDABackend):
 
     def _module(self) -> Emulator:
         return self.emulator
+
+
+def install() -> None:
+    """From now on "cuda" is the emulator, and "auto" precision of float32 is float32: for whole suites of tests."""
+    dispatch._REGISTRY["cuda"] = EmulatedBackend(Emulator(build()))
+    gpu.convolutions_use_tf32 = lambda: False
