@@ -7,11 +7,12 @@ built for another version, not loadable here) is a reason told when the backend 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe3d import _build
 from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
@@ -20,13 +21,17 @@ from moe3d.ops.mixture import MODES
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset takes the best that the processor has
+# low-resolution or winograd; "auto" or unset takes what needs fewer operations. Winograd's, where it cannot run, gives way.
+FORMULATION_VARIABLE = "MOE3D_CPU_FORMULATION"
+FORMULATIONS = ("auto", "low-resolution", "winograd")
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FAILURES = {1: "out of memory", 2: "no such instruction set", 3: "an instruction set that this processor lacks"}
 
 
 class CPUBackend(Backend):
-    """Low-resolution formulation, float32 or bfloat16 products with float32 sums; see csrc/cpu/hidden.h."""
+    """The first layer at low resolution (csrc/cpu/hidden.h) or by Winograd's algorithm (csrc/cpu/tiles.h), whichever
+    needs fewer operations; float32 or bfloat16 products with float32 sums."""
 
     def unavailable(self) -> str | None:
         native = _build.native()
@@ -35,6 +40,8 @@ class CPUBackend(Backend):
         known = ("auto", *native.module.supported_isas())
         if isa() not in known:
             return f"{ISA_VARIABLE}={isa()!r}, expected one of {', '.join(known)} on this processor"
+        if formulation() not in FORMULATIONS:
+            return f"{FORMULATION_VARIABLE}={formulation()!r}, expected one of {', '.join(FORMULATIONS)}"
         return None
 
     def unsupported(self, tensors: HeadTensors, options: HeadOptions) -> str | None:
@@ -52,6 +59,7 @@ class CPUBackend(Backend):
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
         outputs = _empty_outputs(tensors, options)
         call = _Call(tensors, options, bf16=_uses_bf16(tensors.x.dtype, options.precision))
+        call.use_packed_weights(tensors)
         call.run("cpu_forward", call.addresses("Outputs", outputs._asdict()))
         return outputs
 
@@ -85,6 +93,11 @@ def isa() -> str:
     return os.environ.get(ISA_VARIABLE) or "auto"
 
 
+def formulation() -> str:
+    """The formulation asked for."""
+    return os.environ.get(FORMULATION_VARIABLE) or "auto"
+
+
 def _uses_bf16(x: torch.dtype, precision: str) -> bool:
     return precision == "bf16" or (precision == "auto" and x == torch.bfloat16 and has_bf16_products())
 
@@ -111,6 +124,22 @@ def _empty_gradient(name: str, value: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
+# By expert_w1: the state of the first layers' weights, and what was packed from them, by kind of packing.
+_packed = WeakTensorKeyDictionary()
+
+
+def _state(weights: Sequence[Tensor]) -> tuple | None:
+    """Equal to an earlier one only if the weights are what they were; None where that cannot be told.
+
+    Version counters miss what is written through ``.data``; hence a few values of each tensor, too.
+    """
+    if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
+        return None
+    versions = tuple(0 if w.is_inference() else w._version for w in weights)
+    sizes = [(w.data_ptr(), w.numel()) for w in weights]
+    return tuple(w.shape for w in weights), tuple(sizes), versions, _build.native().module.fingerprint(sizes)
+
+
 class _Call:
     """One call's description for the compiled module, and the float32 copies that must live until it returns."""
 
@@ -133,6 +162,24 @@ class _Call:
         for name, value in tensors.items():
             setattr(struct, name, 0 if value is None else value.data_ptr())
         return struct
+
+    def use_packed_weights(self, tensors: HeadTensors) -> None:
+        """The first layers' weights as the kernels read them, from an earlier call if they are still the same."""
+        first_layers = [w for w in (tensors.expert_w1, tensors.gate_w1) if w is not None]
+        state = _state(first_layers)
+        if state is None:
+            return
+        packing = self._module.Packing()
+        self.run("cpu_describe_packing", packing)
+        kept = _packed.get(tensors.expert_w1)
+        if kept is None or kept[0] != state:
+            kept = _packed[tensors.expert_w1] = state, {}
+        kind = packing.formulation, self._problem.bf16, self._problem.isa
+        if kind not in kept[1]:
+            packed = torch.empty(packing.floats)
+            self.run("cpu_pack", packed.data_ptr())
+            kept[1][kind] = packed
+        self._problem.packed = self._keep(kept[1][kind]).data_ptr()
 
     def run(self, function: str, *structs) -> None:
         status = getattr(self._module, function)(self._problem, *structs)
@@ -159,5 +206,6 @@ class _Call:
         confidence = options.conf_activation
         p.conf_activation = -1 if confidence is None else list(CONF_ACTIVATIONS).index(confidence)
         p.mode = MODES.index(options.mode)
+        p.formulation = FORMULATIONS.index(formulation())
         p.bf16, p.isa, p.threads = bf16, isa(), torch.get_num_threads()
         return p
