@@ -108,7 +108,7 @@ struct Kernels {
 
   void (*gemm)(const Gemm&);
   void (*gemm_narrow)(const Gemm&);
-  // The same product in parts of the depth, whose sums are summed: with 256 channels a third of the rounding error.
+  // The same panels in parts of the depth, whose sums are summed: with 256 channels a third of the rounding error.
   void (*gemm_in_parts)(const Gemm&);
   void (*gemm_bf16)(const Gemm&);  // null where the instruction set has no bfloat16 products
 

@@ -45,27 +45,29 @@ Bfloat16 to_bf16(float value) {
 void put(float* at, float value) { *at = value; }
 void put(Bfloat16* at, float value) { *at = to_bf16(value); }
 
+void copy(const float* in, int64_t count, float* out) { std::memcpy(out, in, count * sizeof(float)); }
+template <typename In, typename Out>
+void copy(const In* in, int64_t count, Out* out) {
+  for (int64_t i = 0; i < count; ++i) put(out + i, widen(in[i]));
+}
+
 // `count` pixels of one row, channels in the layout's places.
 template <typename In, typename Out>
 void pack_pixels(const In* in, int64_t channel_stride, int64_t pixel_stride, int64_t count,
                  const ChannelLayout& layout, Out* out, int64_t out_pixel) {
   constexpr int64_t kBlock = 16;  // pixels at a time, so that neither side's lines are fetched twice
-  const int64_t channels = layout.channels();
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, count);
-    if (channel_stride == 1) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t c = 0; c < layout.half_channels(); ++c) put(out + i * out_pixel + c, widen(in[i * pixel_stride + c]));
-        const int64_t shift = layout.place(layout.half_channels()) - layout.half_channels();
-        for (int64_t c = layout.half_channels(); c < channels; ++c)
-          put(out + i * out_pixel + shift + c, widen(in[i * pixel_stride + c]));
-      }
-    } else {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = begin, to = layout.place(c); i < end; ++i)
-          put(out + i * out_pixel + to, widen(in[i * pixel_stride + c * channel_stride]));
+  const int64_t channels = layout.channels(), half = layout.half_channels();
+  if (channel_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      copy(in + i * pixel_stride, half, out + i * out_pixel);
+      copy(in + i * pixel_stride + half, channels - half, out + i * out_pixel + layout.place(half));
     }
+    return;
   }
+  for (int64_t begin = 0; begin < count; begin += kBlock)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = begin, to = layout.place(c); i < std::min(begin + kBlock, count); ++i)
+        put(out + i * out_pixel + to, widen(in[i * pixel_stride + c * channel_stride]));
 }
 
 template <typename In>

@@ -136,22 +136,45 @@ void PatchPlan::transform(int64_t tile, const float* values, int64_t channels, f
     }
 }
 
-// Per hidden channel and per input channel, in multiply-adds of the matrix product; what is not a product counts twice,
-// because it runs at half the rate or so.
-bool uses_tiles(const Problem& p) {
-  const bool upsamples = p.in_height <= p.height && p.in_width <= p.width;
-  const bool resamples = p.in_height != p.height || p.in_width != p.width;  // or float32 would leave no room for Winograd's error
-  if (p.bf16 || !upsamples || p.formulation == Formulation::low_resolution) return false;
-  if (p.formulation == Formulation::winograd) return true;
-  if (!resamples) return false;
+namespace {
+
+// The mean square of what float32 positions are off by, in pixels: PyTorch's are a scale times an index.
+double position_error(int64_t source, int64_t target) {
+  const float scale = target > 1 ? static_cast<float>(source - 1) / static_cast<float>(target - 1) : 0.f;
+  double sum = 0;
+  for (int64_t i = 0; i < target; ++i) {
+    const Position exact = position_of(i, source, target);
+    const double off = scale * static_cast<float>(i) - (static_cast<double>(exact.low) + exact.high_weight);
+    sum += off * off;
+  }
+  return sum / static_cast<double>(target);
+}
+
+// In multiply-adds of the matrix product; what is not one counts for as many as take its time.
+double cost_by_rows(const Problem& p, double hidden) {
   const auto in_pixels = static_cast<double>(p.in_height * p.in_width);
-  const auto out_pixels = static_cast<double>(p.height * p.width);
+  const auto blends = static_cast<double>(p.in_height * p.width * 3 * kBlend + p.height * p.width * kBlend);
+  return hidden * (in_pixels * kTaps * static_cast<double>(p.channels) + 4 * blends);
+}
+
+double cost_by_tiles(const Problem& p, double hidden) {
   const auto tiles = static_cast<double>(divide_up(p.height, kHeadTile) * divide_up(p.width, kHeadTile));
   const auto channels = static_cast<double>(p.channels);
+  return tiles * (1.1 * kPlaces * hidden * channels + 1100 * channels + 400 * hidden);
+}
+
+}  // namespace
+
+double interpolation_error(const Problem& p) {
+  return std::sqrt(position_error(p.in_height, p.height) + position_error(p.in_width, p.width));
+}
+
+bool uses_tiles(const Problem& p) {
+  const bool upsamples = p.in_height <= p.height && p.in_width <= p.width;
+  if (p.bf16 || !upsamples || p.formulation == Formulation::low_resolution) return false;
+  if (p.formulation == Formulation::winograd) return true;
   const auto hidden = static_cast<double>(p.experts * p.expert_hidden + p.gate_hidden);
-  const double rows_cost = hidden * (in_pixels * kTaps * channels + 2 * out_pixels * (kBlend * 3 / 1.75 + kBlend));
-  const double tiles_cost = tiles * (kPlaces * hidden * channels + 2 * (700 * channels + 400 * hidden));
-  return tiles_cost < rows_cost;
+  return interpolation_error(p) >= kTileError && cost_by_tiles(p, hidden) < cost_by_rows(p, hidden);
 }
 
 }  // namespace moe::cpu

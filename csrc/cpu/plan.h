@@ -104,7 +104,14 @@ struct HeadTransforms {
 };
 const HeadTransforms& head_transforms();
 
-// Whether the forward pass takes tiles: where it can, and that needs fewer operations.
+// What PyTorch's interpolation with float32 positions is off by, about: the RMS error of positions, in pixels. It is 0 where
+// nothing is resampled or the ratio is a power of two, and grows with the map.
+double interpolation_error(const Problem& problem);
+
+// The relative RMS error of the forward pass by tiles, with sums in parts of the depth, as measured; 1.6 times that without.
+constexpr double kTileError = 2e-6;
+
+// Whether the forward pass takes tiles: where that is closer to the truth than PyTorch, and needs fewer operations.
 bool uses_tiles(const Problem& problem);
 
 }  // namespace moe::cpu
