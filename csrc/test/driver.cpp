@@ -81,12 +81,18 @@ struct Case {
     p.conf_activation = ConfActivation::expp1;
   }
 
-  // All outputs and all gradients, one after another.
+  // All outputs and all gradients, one after another; the first layers packed beforehand.
   Floats run(const char* isa, int threads, bool bf16) {
     p.isa = isa, p.threads = threads, p.bf16 = bf16;
+    Packing packing = {};
+    check(cpu::describe_packing(p, packing));
+    Floats packed(packing.floats, NAN);
+    check(cpu::pack(p, packed.data()));
+    p.packed = packed.data();
     const int64_t maps = p.batch * p.pixels(), predicted = p.prediction_channels();
     Floats prediction(maps * predicted, NAN), confidence(maps, NAN), entropy(maps, NAN), weights(maps * p.experts, NAN);
     check(cpu::forward(p, {prediction.data(), confidence.data(), entropy.data(), weights.data(), nullptr}));
+    p.packed = nullptr;  // nothing of the backward pass
     Floats gx(x.size(), NAN), gw1(w1.size(), NAN), gb1_(b1.size(), NAN), gw2(w2.size(), NAN), gb2_(b2.size(), NAN);
     Floats gg1(g1.size(), NAN), ggb1(gb1.size(), NAN), gg2(g2.size(), NAN), ggb2(gb2.size(), NAN);
     Floats glogits(logits.size(), NAN);
@@ -223,12 +229,15 @@ int main() {
     for (Mode mode : {Mode::mean, Mode::argmax, Mode::switch_})
       for (float skip_below : {0.f, 1e-6f}) {
         Case test(kShapes[s], mode, skip_below, skip_below == 0);
+        test.p.formulation = Formulation::low_resolution;
         const Floats truth = test.run("portable", 1, false);
-        for (int i = 0; i < count; ++i) {
-          const Floats one = test.run(isas[i], 1, false);
-          expect(distance(one, truth) < 1e-4, "differs from the portable path", isas[i], s);
-          expect(test.run(isas[i], 3, false) == one, "depends on the number of threads", isas[i], s);
-        }
+        for (Formulation formulation : {Formulation::low_resolution, Formulation::winograd})
+          for (int i = 0; i < count; ++i) {
+            test.p.formulation = formulation;
+            const Floats one = test.run(isas[i], 1, false);
+            expect(distance(one, truth) < 1e-4, "differs from the portable path", isas[i], s);
+            expect(test.run(isas[i], 3, false) == one, "depends on the number of threads", isas[i], s);
+          }
         if (cpu::has_bf16_products())
           expect(distance(test.run("avx512", 2, true), truth) < 0.1, "bfloat16 differs", "avx512", s);
       }
