@@ -95,14 +95,15 @@ void bind_problem(py::module_& m) {
 }
 
 void bind_packing(py::module_& m) {
-  using moe::Packing;
-  py::class_<Packing> cls(m, "Packing");
-  cls.def(py::init([] { return Packing{}; }));
-  cls.def_readonly("floats", &Packing::floats);
-  cls.def_property_readonly("formulation", [](const Packing& self) { return static_cast<int>(self.formulation); });
-  m.def("cpu_describe_packing", [](const OwnedProblem& p, Packing& out) {
-    return static_cast<int>(moe::cpu::describe_packing(p, out));
-  });
+  m.def("cpu_formulation", [](const OwnedProblem& p) { return static_cast<int>(moe::cpu::formulation(p)); });
+  m.def(
+      "cpu_packed_floats",
+      [](const OwnedProblem& p) {
+        int64_t floats = 0;
+        const moe::Status status = moe::cpu::packed_floats(p, floats);
+        return std::pair(static_cast<int>(status), floats);
+      },
+      "The status, and the number.");
   m.def(
       "cpu_pack",
       [](const OwnedProblem& p, uintptr_t out) {

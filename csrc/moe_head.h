@@ -67,17 +67,14 @@ struct Gradients {
   float* gate_logits;
 };
 
-// The first layers' weights as forward() reads them. They depend on the weights, `isa`, `bf16` and the formulation.
-struct Packing {
-  Formulation formulation;  // that forward() takes: not automatic
-  int64_t floats;
-};
-
 namespace cpu {
 Status forward(const Problem& problem, const Outputs& outputs);
 Status backward(const Problem& problem, const Cotangents& cotangents, const Gradients& gradients);
 
-Status describe_packing(const Problem& problem, Packing& out);
+// What forward() takes: not automatic. Looks at sizes, `bf16` and `formulation` alone.
+Formulation formulation(const Problem& problem);
+// The first layers' weights as forward() reads them, which depend on that, too, and on `isa`.
+Status packed_floats(const Problem& problem, int64_t& out);
 Status pack(const Problem& problem, float* out);  // aligned to 64 bytes
 }  // namespace cpu
 

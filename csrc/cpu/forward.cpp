@@ -169,12 +169,14 @@ Status forward(const Problem& problem, const Outputs& outputs) {
   return with_products(problem, [&](const Kernels& kernels) { run(problem, kernels, outputs); });
 }
 
-Status describe_packing(const Problem& problem, Packing& out) {
+Formulation formulation(const Problem& problem) {
+  return uses_tiles(problem) ? Formulation::winograd : Formulation::low_resolution;
+}
+
+Status packed_floats(const Problem& problem, int64_t& out) {
   return with_products(problem, [&](const Kernels& kernels) {
-    const bool tiles = uses_tiles(problem);
-    out.formulation = tiles ? Formulation::winograd : Formulation::low_resolution;
-    out.floats = tiles ? TileHead(problem, kernels).packed_floats()
-                       : PackedHead(problem, kernels, problem.bf16).packed_floats();
+    out = uses_tiles(problem) ? TileHead(problem, kernels).packed_floats()
+                              : PackedHead(problem, kernels, problem.bf16).packed_floats();
   });
 }
 

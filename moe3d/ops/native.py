@@ -21,7 +21,7 @@ from moe3d.ops.mixture import MODES
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset takes the best that the processor has
-# low-resolution or winograd; "auto" or unset takes what needs fewer operations. Winograd's, where it cannot run, gives way.
+# low-resolution or winograd (which gives way where it cannot run); "auto" or unset takes what needs fewer operations
 FORMULATION_VARIABLE = "MOE3D_CPU_FORMULATION"
 FORMULATIONS = ("auto", "low-resolution", "winograd")
 
@@ -98,6 +98,16 @@ def formulation() -> str:
     return os.environ.get(FORMULATION_VARIABLE) or "auto"
 
 
+def chosen_formulation(source: tuple[int, int], size: tuple[int, int], channels: int, hidden: int, bf16: bool) -> str:
+    """What a forward pass takes, for features of ``source`` size and ``hidden`` channels over all branches."""
+    module: Any = _build.native().module
+    p = module.Problem()
+    (p.in_height, p.in_width), (p.height, p.width) = source, size
+    p.channels, p.experts, p.expert_hidden, p.bf16 = channels, 1, hidden, bf16
+    p.formulation = FORMULATIONS.index(formulation())
+    return FORMULATIONS[module.cpu_formulation(p)]
+
+
 def _uses_bf16(x: torch.dtype, precision: str) -> bool:
     return precision == "bf16" or (precision == "auto" and x == torch.bfloat16 and has_bf16_products())
 
@@ -124,6 +134,13 @@ def _empty_gradient(name: str, value: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
+def _check(status: int) -> None:
+    if status == 1:
+        raise MemoryError("moe_head: the cpu backend ran out of memory")
+    if status:
+        raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
+
+
 # By expert_w1: the state of the first layers' weights, and what was packed from them, by kind of packing.
 _packed = WeakTensorKeyDictionary()
 
@@ -137,7 +154,8 @@ def _state(weights: Sequence[Tensor]) -> tuple | None:
         return None
     versions = tuple(0 if w.is_inference() else w._version for w in weights)
     sizes = [(w.data_ptr(), w.numel()) for w in weights]
-    return tuple(w.shape for w in weights), tuple(sizes), versions, _build.native().module.fingerprint(sizes)
+    module: Any = _build.native().module
+    return tuple(w.shape for w in weights), tuple(sizes), versions, module.fingerprint(sizes)
 
 
 class _Call:
@@ -169,24 +187,20 @@ class _Call:
         state = _state(first_layers)
         if state is None:
             return
-        packing = self._module.Packing()
-        self.run("cpu_describe_packing", packing)
         kept = _packed.get(tensors.expert_w1)
         if kept is None or kept[0] != state:
             kept = _packed[tensors.expert_w1] = state, {}
-        kind = packing.formulation, self._problem.bf16, self._problem.isa
+        kind = self._module.cpu_formulation(self._problem), self._problem.bf16, self._problem.isa
         if kind not in kept[1]:
-            packed = torch.empty(packing.floats)
+            status, floats = self._module.cpu_packed_floats(self._problem)
+            _check(status)
+            packed = torch.empty(floats)
             self.run("cpu_pack", packed.data_ptr())
             kept[1][kind] = packed
         self._problem.packed = self._keep(kept[1][kind]).data_ptr()
 
     def run(self, function: str, *structs) -> None:
-        status = getattr(self._module, function)(self._problem, *structs)
-        if status == 1:
-            raise MemoryError("moe_head: the cpu backend ran out of memory")
-        if status:
-            raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
+        _check(getattr(self._module, function)(self._problem, *structs))
 
     def _describe(self, t: HeadTensors, options: HeadOptions, bf16: bool):
         p = self._module.Problem()

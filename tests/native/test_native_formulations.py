@@ -1,4 +1,4 @@
-"""The two formulations of the forward pass, at low resolution and by Winograd's algorithm: each against the float64 truth,
+"""The two formulations of the forward pass, at low resolution and by Winograd's algorithm: against the float64 truth,
 what must not depend on the choice, and the choice itself."""
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def test_what_is_not_finite_stays_in_its_footprint(winograd, isa, value, pixel):
     problem = random_problem(**(HEAD | {"batch": 2}), source=source, size=size)
     clean = run(problem)
     x = problem.tensors["x"].clone()
-    x[1, 2, *pixel] = value
+    x[(1, 2, *pixel)] = value
     dirty = run(problem.with_tensors(x=x))
     near = []
     for at, s, t in zip(pixel, source, size, strict=True):
@@ -208,7 +208,9 @@ def test_the_choice(monkeypatch, shape, expected):
 
 def test_an_unknown_formulation_is_refused(monkeypatch):
     monkeypatch.setenv(native.FORMULATION_VARIABLE, "fft")
-    with pytest.raises(RuntimeError, match="MOE3D_CPU_FORMULATION='fft', expected one of auto, low-resolution, winograd"):
+    with pytest.raises(
+        RuntimeError, match="MOE3D_CPU_FORMULATION='fft', expected one of auto, low-resolution, winograd"
+    ):
         random_problem().run(backend="cpu")
 
 
