@@ -53,7 +53,7 @@ void copy(const In* in, int64_t count, Out* out) {
 
 // `count` pixels of one row, channels in the layout's places.
 template <typename In, typename Out>
-void pack_pixels(const In* in, int64_t channel_stride, int64_t pixel_stride, int64_t count,
+void pack_pixels(const In* in, int64_t channel_stride, int64_t row_stride, int64_t pixel_stride, int64_t count,
                  const ChannelLayout& layout, Out* out, int64_t out_pixel) {
   constexpr int64_t kBlock = 16;  // pixels at a time, so that neither side's lines are fetched twice
   const int64_t channels = layout.channels(), half = layout.half_channels();
@@ -64,10 +64,14 @@ void pack_pixels(const In* in, int64_t channel_stride, int64_t pixel_stride, int
     }
     return;
   }
-  for (int64_t begin = 0; begin < count; begin += kBlock)
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = begin, to = layout.place(c); i < std::min(begin + kBlock, count); ++i)
-        put(out + i * out_pixel + to, widen(in[i * pixel_stride + c * channel_stride]));
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, count);
+    for (int64_t c = 0; c < channels; ++c) {
+      const In* from = in + c * channel_stride;
+      __builtin_prefetch(from + begin * pixel_stride + row_stride);  // packed next
+      for (int64_t i = begin, to = layout.place(c); i < end; ++i) put(out + i * out_pixel + to, widen(from[i * pixel_stride]));
+    }
+  }
 }
 
 template <typename In>
@@ -75,10 +79,10 @@ void pack_row_of(const Problem& p, const ChannelLayout& layout, int64_t frame, i
   const In* in = static_cast<const In*>(p.x) + frame * p.x_strides[0] + row * p.x_strides[2] +
                  columns.begin * p.x_strides[3];
   if (layout.bf16())
-    pack_pixels(in, p.x_strides[1], p.x_strides[3], columns.size(), layout, reinterpret_cast<Bfloat16*>(out),
+    pack_pixels(in, p.x_strides[1], p.x_strides[2], p.x_strides[3], columns.size(), layout, reinterpret_cast<Bfloat16*>(out),
                 2 * layout.floats());
   else
-    pack_pixels(in, p.x_strides[1], p.x_strides[3], columns.size(), layout, out, layout.floats());
+    pack_pixels(in, p.x_strides[1], p.x_strides[2], p.x_strides[3], columns.size(), layout, out, layout.floats());
 }
 
 }  // namespace
