@@ -5,8 +5,9 @@
 // transform back give 36 hidden pixels with 64 multiplications a channel where the low-resolution formulation of hidden.h takes
 // 9 for each low-resolution pixel: at VGGT's ratio of 1.75, 1.8 for an output pixel instead of 2.9.
 //
-// Rounding errors are some ten times those of hidden.h, a quarter or less of what PyTorch's interpolation costs. A number that
-// is not finite spreads over its tiles, though: they are found by their sums, and done again as hidden.h does them.
+// Rounding errors are some ten times those of hidden.h, and still less than what float32 positions cost PyTorch where
+// uses_tiles() says so. A number that is not finite spreads over its tiles: they are found by their sums, and their bands are
+// done again as hidden.h does them.
 #pragma once
 
 #include "mixture.h"

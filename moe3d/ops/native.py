@@ -194,7 +194,7 @@ class _Call:
         if kind not in kept[1]:
             status, floats = self._module.cpu_packed_floats(self._problem)
             _check(status)
-            packed = torch.empty(floats)
+            packed = torch.empty(floats, dtype=torch.float32, device="cpu")
             self.run("cpu_pack", packed.data_ptr())
             kept[1][kind] = packed
         self._problem.packed = self._keep(kept[1][kind]).data_ptr()
