@@ -78,6 +78,7 @@ void bind_problem(py::module_& m) {
   def_code(cls, "activation", &Problem::activation);
   def_code(cls, "conf_activation", &Problem::conf_activation);
   def_code(cls, "mode", &Problem::mode);
+  def_code(cls, "formulation", &Problem::formulation);
   def_address(cls, "x", &Problem::x);
   def_address(cls, "expert_w1", &Problem::expert_w1);
   def_address(cls, "expert_b1", &Problem::expert_b1);
@@ -90,6 +91,25 @@ void bind_problem(py::module_& m) {
   def_address(cls, "gate_logits", &Problem::gate_logits);
   def_address(cls, "pos_x", &Problem::pos_x);
   def_address(cls, "pos_y", &Problem::pos_y);
+  def_address(cls, "packed", &Problem::packed);
+}
+
+void bind_packing(py::module_& m) {
+  m.def("cpu_formulation", [](const OwnedProblem& p) { return static_cast<int>(moe::cpu::formulation(p)); });
+  m.def(
+      "cpu_packed_floats",
+      [](const OwnedProblem& p) {
+        int64_t floats = 0;
+        const moe::Status status = moe::cpu::packed_floats(p, floats);
+        return std::pair(static_cast<int>(status), floats);
+      },
+      "The status, and the number.");
+  m.def(
+      "cpu_pack",
+      [](const OwnedProblem& p, uintptr_t out) {
+        return static_cast<int>(moe::cpu::pack(p, reinterpret_cast<float*>(out)));
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 template <typename Float>
@@ -225,6 +245,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("version") = MOE3D_VERSION;
   m.attr("compiler") = MOE3D_COMPILER;
   bind_problem(m);
+  bind_packing(m);
   bind_maps<float>(m, "Outputs");
   bind_maps<const float>(m, "Cotangents");
   bind_gradients(m);

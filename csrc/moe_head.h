@@ -22,6 +22,8 @@ enum class Element : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 // In the order of moe3d.ops.activations.ACTIVATIONS and CONF_ACTIVATIONS, and of moe3d.ops.mixture.MODES.
 enum class Activation : int32_t { exp = 0, relu, sigmoid, linear, inv_log, xy_inv_log, norm, norm_exp };
 enum class ConfActivation : int32_t { none = -1, expp1 = 0, expp0, sigmoid };
+// How the forward pass makes hidden activations: see cpu/hidden.h and cpu/tiles.h. Automatic: by counting operations.
+enum class Formulation : int32_t { automatic = 0, low_resolution, winograd };
 enum class Mode : int32_t { mean = 0, argmax, switch_ };
 
 struct Problem {
@@ -37,6 +39,7 @@ struct Problem {
   const float *gate_w1, *gate_b1, *gate_w2, *gate_b2;
   const float* gate_logits;
   const float *pos_x, *pos_y;
+  const float* packed;  // forward only: what cpu::pack wrote for an equal description; null: pack anew
   // options
   float temperature;
   Activation activation;
@@ -45,6 +48,7 @@ struct Problem {
   float gap;
   float skip_below;
   bool bf16;      // multiply in bfloat16, accumulate in float32
+  Formulation formulation;  // of the forward pass; where Winograd's cannot run, it takes the other one
   const char* isa;  // "auto", or one of those that moe::cpu::isa_names() lists
   int32_t threads;
 
@@ -73,6 +77,12 @@ struct Gradients {
 namespace cpu {
 Status forward(const Problem& problem, const Outputs& outputs);
 Status backward(const Problem& problem, const Cotangents& cotangents, const Gradients& gradients);
+
+// What forward() takes: not automatic. Looks at sizes, `bf16` and `formulation` alone.
+Formulation formulation(const Problem& problem);
+// The first layers' weights as forward() reads them, which depend on that, too, and on `isa`.
+Status packed_floats(const Problem& problem, int64_t& out);
+Status pack(const Problem& problem, float* out);  // aligned to 64 bytes
 }  // namespace cpu
 
 // On a GPU every pointer is one of its addresses; `isa`, `threads` and `bf16` mean nothing. Work is enqueued on the

@@ -269,7 +269,7 @@ class Backward {
     if (!wanted_.x && !wanted_.first_layer) return;
     const int64_t row = plan_.source_row(rank);
     if (wanted_.first_layer)
-      pack_row(p_, head_.layout, tile_.frame, row, head_.kernels.block_rows, pixels_.data());
+      pack_row(p_, head_.layout, tile_.frame, row, {0, p_.in_width}, pixels_.data());
     for (int64_t g = 0; g < head_.groups(); ++g) {
       if (wanted_.columns) add(adjoint(g, rank), 3 * row_floats_, sums.columns_of(g));
       std::memset(products_.data(), 0, (in_columns_ + 1) * kColumn * sizeof(float));
@@ -398,7 +398,8 @@ void write_parameters(const PackedHead& head, std::vector<Sums>& slots, const Gr
 }
 
 void run(const Problem& p, const Kernels& kernels, const Cotangents& cotangents, const Gradients& gradients) {
-  const PackedHead head(p, kernels, false);
+  PackedHead head(p, kernels, false);
+  head.use(nullptr);
   const TransposedWeights transposed(head);
   const RowPlan rows(p.in_height, p.height);
   const ColumnPlan columns(p.in_width, p.width, round_up(p.in_width, kernels.block_rows));

@@ -51,7 +51,8 @@ void blend_corners(const float* const* corners, const float* weights, int64_t ch
     store(out + c, w0 * load(c0 + c) + w1 * load(c1 + c) + w2 * load(c2 + c) + w3 * load(c3 + c));
 }
 
-constexpr int kPixelsAtOnce = 4;  // independent sums, so that the multiply-add's latency is hidden
+constexpr int kPixelsAtOnce = 6;  // independent sums, so that the multiply-add's latency is hidden; a tile's width
+static_assert(kPixelsAtOnce == kHeadTile);
 
 template <int Pixels>
 inline void second_layer_pixels(const float* hidden, const float* w2, int64_t padded, const float* start, float* z,
@@ -72,6 +73,8 @@ void second_layer(const float* hidden, int64_t count, const float* w2, int64_t p
   int64_t i = 0;
   for (; i + kPixelsAtOnce <= count; i += kPixelsAtOnce)
     second_layer_pixels<kPixelsAtOnce>(hidden + i * kGroup, w2, padded, start, z + i * z_pixel, z_pixel);
+  for (; i + 2 <= count; i += 2)
+    second_layer_pixels<2>(hidden + i * kGroup, w2, padded, start, z + i * z_pixel, z_pixel);
   for (; i < count; ++i) second_layer_pixels<1>(hidden + i * kGroup, w2, padded, start, z + i * z_pixel, z_pixel);
 }
 

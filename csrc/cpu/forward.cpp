@@ -1,4 +1,5 @@
-// The forward pass: bands of output rows, one thread each, in chunks of a few rows: gate, experts, mixture.
+// The forward pass: by tiles (tiles.h), or at low resolution (hidden.h): there in bands of output rows, one thread each, in
+// chunks of a few rows: gate, experts, mixture.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -6,16 +7,12 @@
 #include "hidden.h"
 #include "parallel.h"
 #include "select.h"
+#include "tiles.h"
 
 namespace moe::cpu {
 namespace {
 
 constexpr int64_t kChunk = 16;  // output rows; with kTileWidth the fixed grid on which experts are skipped
-
-struct Band {
-  int64_t frame;
-  Span rows;
-};
 
 // Splitting a frame costs about 2.6 low-resolution rows a band, which neighbours compute twice; not splitting it may
 // leave threads idle. Counted in low-resolution rows of the busiest thread.
@@ -45,27 +42,22 @@ std::vector<Band> split_into_bands(const Problem& p, bool on_skip_grid) {
   return bands;
 }
 
-class Forward {
+// The low-resolution formulation.
+class RowWorker {
  public:
-  Forward(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, const Outputs& outputs)
+  RowWorker(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, const Outputs& outputs)
       : head_(head),
         p_(head.problem),
-        outputs_(outputs),
         hidden_rows_(head, rows, columns, kChunk),
+        mixture_(head, outputs, kChunk * p_.width),
         hidden_(kTileWidth * kGroup),
-        scratch_(mix_scratch_floats(p_)) {
-    for (int64_t branch = 0; branch <= p_.experts; ++branch)
-      z_.emplace_back(kChunk * p_.width * head.padded_outputs(branch));
-    kept_.assign(p_.experts * hidden_rows_.tiles(), 1);
-    wanted_.assign(hidden_rows_.tiles(), 1);
-  }
+        kept_(p_.experts * hidden_rows_.tiles(), 1),
+        wanted_(hidden_rows_.tiles(), 1) {}
 
   void run(const Band& band) {
     for (int64_t Y = band.rows.begin; Y < band.rows.end; Y += kChunk)
       run_chunk(band.frame, {Y, std::min(Y + kChunk, band.rows.end)});
   }
-
-  static bool skips(const Problem& p) { return p.skip_below > 0 && p.has_gate() && p.experts > 1; }
 
  private:
   void run_chunk(int64_t frame, Span rows) {
@@ -78,10 +70,7 @@ class Forward {
       for (int64_t t = 0; t < hidden_rows_.tiles(); ++t) wanted_[t] = kept_[t * p_.experts + k];
       run_branch(k, wanted_.data());
     }
-    for_each_block([&](int64_t t, MixBlock& block, int64_t pixel) {
-      if (skips(p_)) block.kept = kept_.data() + t * p_.experts;
-      head_.kernels.mix(p_, block, outputs_at(pixel));
-    });
+    for_each_run([&](const Mixture::Run& run, uint8_t* kept) { mixture_.mix(run, kept); });
   }
 
   // z of one branch in the chunk's wanted tiles.
@@ -98,7 +87,7 @@ class Forward {
           const Span columns = hidden_rows_.tile(t);
           hidden_rows_.read(g, Y, t, hidden_.data());
           head_.kernels.second_layer(hidden_.data(), columns.size(), head_.w2(g), padded, start,
-                                     z_[branch] + ((Y - rows_.begin) * p_.width + columns.begin) * padded, padded);
+                                     mixture_.z(branch, place(Y, columns.begin)), padded);
         }
       }
     }
@@ -107,75 +96,97 @@ class Forward {
   // An expert is left out of a tile where its weight stays below skip_below, unless it is the most probable somewhere.
   void find_kept() {
     std::fill(kept_.begin(), kept_.end(), uint8_t{0});
-    for_each_block([&](int64_t t, MixBlock& block, int64_t) {
-      head_.kernels.find_kept(p_, block, kept_.data() + t * p_.experts);
-    });
+    for_each_run([&](const Mixture::Run& run, uint8_t* kept) { mixture_.find_kept(run, kept); });
   }
 
+  int64_t place(int64_t Y, int64_t X) const { return (Y - rows_.begin) * p_.width + X; }
+
+  // function(one tile's pixels of a row, what is kept in that tile)
   template <typename Function>
-  void for_each_block(Function function) {
-    const int64_t padded = head_.padded_outputs(0), gate_padded = head_.padded_outputs(p_.experts);
+  void for_each_run(Function function) {
     for (int64_t Y = rows_.begin; Y < rows_.end; ++Y)
       for (int64_t t = 0; t < hidden_rows_.tiles(); ++t) {
         const Span columns = hidden_rows_.tile(t);
-        const int64_t here = (Y - rows_.begin) * p_.width + columns.begin, pixel = Y * p_.width + columns.begin;
-        MixBlock block = {};
-        block.count = columns.size();
-        for (int64_t k = 0; k < p_.experts; ++k) z_at_[k] = z_[k] + here * padded;
-        block.z = z_at_.data();
-        block.z_pixel = padded;
-        block.gate = p_.has_gate() ? z_[p_.experts] + here * gate_padded : nullptr;
-        block.gate_pixel = gate_padded;
-        block.gate_logits = p_.gate_logits ? p_.gate_logits + frame_ * p_.experts * p_.pixels() + pixel : nullptr;
-        block.plane = p_.pixels();
-        block.scratch = scratch_.data();
-        function(t, block, pixel);
+        function({frame_, Y * p_.width + columns.begin, place(Y, columns.begin), columns.size()},
+                 kept_.data() + t * p_.experts);
       }
-  }
-
-  Outputs outputs_at(int64_t pixel) const {
-    const int64_t channels = p_.prediction_channels(), plane = p_.pixels();
-    const auto at = [&](float* map, int64_t planes) { return map ? map + frame_ * planes * plane + pixel : nullptr; };
-    return {at(outputs_.prediction, channels), at(outputs_.confidence, 1), at(outputs_.entropy, 1),
-            at(outputs_.weights, p_.experts), at(outputs_.hypotheses, p_.experts * channels)};
   }
 
   const PackedHead& head_;
   const Problem& p_;
-  const Outputs& outputs_;
   HiddenRows hidden_rows_;
-  Buffer hidden_, scratch_;
-  std::vector<Buffer> z_;              // per branch: [chunk row][X][padded outputs]
-  std::vector<const float*> z_at_ = std::vector<const float*>(p_.experts);
+  Mixture mixture_;
+  Buffer hidden_;
   std::vector<uint8_t> kept_, wanted_;  // [tile][expert]; [tile]
   int64_t frame_ = 0;
   Span rows_ = {0, 0};
 };
 
-void run(const Problem& p, const Kernels& kernels, const Outputs& outputs) {
-  const PackedHead head(p, kernels, p.bf16);
+void forward_by_rows(const PackedHead& head, const std::vector<Band>& bands, const Outputs& outputs) {
+  const Problem& p = head.problem;
   const RowPlan rows(p.in_height, p.height);
-  const ColumnPlan columns(p.in_width, p.width, round_up(p.in_width, kernels.block_rows));
-  const std::vector<Band> bands = split_into_bands(p, Forward::skips(p));
+  const ColumnPlan columns(p.in_width, p.width, round_up(p.in_width, head.kernels.block_rows));
   const auto count = static_cast<int64_t>(bands.size());
-  std::vector<std::unique_ptr<Forward>> workers;  // made here: an exception must not leave a thread of the team
+  std::vector<std::unique_ptr<RowWorker>> workers;  // made here: an exception must not leave a thread of the team
   for (int64_t slot = 0; slot < std::min<int64_t>(p.threads, count); ++slot)
-    workers.push_back(std::make_unique<Forward>(head, rows, columns, outputs));
+    workers.push_back(std::make_unique<RowWorker>(head, rows, columns, outputs));
   parallel_for(count, p.threads, [&](int64_t i, int slot) { workers[slot]->run(bands[i]); });
+}
+
+void run(const Problem& p, const Kernels& kernels, const Outputs& outputs) {
+  std::vector<Band> bands;
+  const float* packed = nullptr;
+  if (uses_tiles(p)) {
+    TileHead head(p, kernels);
+    head.use(p.packed);
+    bands = forward_by_tiles(head, outputs);  // what is left to do
+    if (bands.empty()) return;
+  } else {
+    bands = split_into_bands(p, skips(p));
+    packed = p.packed;
+  }
+  PackedHead head(p, kernels, p.bf16);
+  head.use(packed);
+  forward_by_rows(head, bands, outputs);
+}
+
+// Runs function(kernels) if they have the products that the problem asks for.
+template <typename Function>
+Status with_products(const Problem& p, Function function) {
+  Status status = Status::ok;
+  const Status ran = with_kernels(p.isa, [&](const Kernels& kernels) {
+    if (p.bf16 && !(kernels.gemm_bf16 && has_bf16_products()))
+      status = Status::isa_not_supported;
+    else
+      function(kernels);
+  });
+  return ran == Status::ok ? status : ran;
 }
 
 }  // namespace
 
 Status forward(const Problem& problem, const Outputs& outputs) {
-  const Selected selected = select_kernels(problem.isa);
-  if (selected.status != Status::ok) return selected.status;
-  if (problem.bf16 && !(selected.kernels->gemm_bf16 && has_bf16_products())) return Status::isa_not_supported;
-  try {
-    run(problem, *selected.kernels, outputs);
-  } catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
-  }
-  return Status::ok;
+  return with_products(problem, [&](const Kernels& kernels) { run(problem, kernels, outputs); });
+}
+
+Formulation formulation(const Problem& problem) {
+  return uses_tiles(problem) ? Formulation::winograd : Formulation::low_resolution;
+}
+
+Status packed_floats(const Problem& problem, int64_t& out) {
+  return with_products(problem, [&](const Kernels& kernels) {
+    out = uses_tiles(problem) ? TileHead(problem, kernels).packed_floats()
+                              : PackedHead(problem, kernels, problem.bf16).packed_floats();
+  });
+}
+
+Status pack(const Problem& problem, float* out) {
+  return with_products(problem, [&](const Kernels& kernels) {
+    if (uses_tiles(problem))
+      TileHead(problem, kernels).pack(out);
+    else
+      PackedHead(problem, kernels, problem.bf16).pack(out);
+  });
 }
 
 }  // namespace moe::cpu

@@ -13,7 +13,7 @@ HiddenRows::HiddenRows(const PackedHead& head, const RowPlan& rows, const Column
       packed_rows_(rows.max_ranks(chunk)),
       packed_row_floats_(round_up(head.problem.in_width, head.kernels.block_rows) * head.layout.floats()) {
   const int64_t W = head.problem.width, columns_in = round_up(head.problem.in_width, head.kernels.block_rows);
-  packed_ = Buffer(packed_rows_ * packed_row_floats_);
+  packed_ = zeros(packed_rows_ * packed_row_floats_);
   packed_rank_.assign(packed_rows_, -1);
   products_ = Buffer((columns_in + 1) * kColumn);
   std::memset(products_ + columns_in * kColumn, 0, kColumn * sizeof(float));
@@ -44,7 +44,7 @@ void HiddenRows::begin_chunk(int64_t frame, Span rows) {
   for (int64_t rank = ranks.begin; rank < ranks.end; ++rank) {
     int64_t& held = packed_rank_[slot_of_packed(rank)];
     if (held == rank) continue;
-    pack_row(head_.problem, head_.layout, frame, rows_.source_row(rank), head_.kernels.block_rows,
+    pack_row(head_.problem, head_.layout, frame, rows_.source_row(rank), {0, head_.problem.in_width},
              packed_ + slot_of_packed(rank) * packed_row_floats_);
     held = rank;
   }

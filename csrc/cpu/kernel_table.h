@@ -4,6 +4,7 @@
 #include "blend.h"
 #include "gemm.h"
 #include "mix.h"
+#include "tile_kernels.h"
 #include "winograd.h"
 
 namespace moe::cpu {
@@ -27,6 +28,9 @@ Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
   kernels.mix = mix;
   kernels.find_kept = find_kept;
   kernels.mix_backward = mix_backward;
+  kernels.transform_rows = transform_rows;
+  kernels.transform_columns = transform_columns;
+  kernels.tile_hidden = tile_hidden;
   kernels.winograd_input = winograd_input;
   kernels.winograd_output = winograd_output;
   kernels.blend_corners = blend_corners;

@@ -61,6 +61,22 @@ struct WinogradPatch {
   int rows_begin, rows_end, columns_begin, columns_end;  // of the patch: those inside the map
 };
 
+// The head's tiles: kHeadTile x kHeadTile outputs from kHeadPatch x kHeadPatch upsampled pixels, by kPlaces products.
+// The points double from pair to pair and are powers of two: of the sets tried, the smallest rounding error.
+constexpr int kHeadTile = 6;
+constexpr int kHeadPatch = kHeadTile + 2;
+constexpr int kPlaces = kHeadPatch * kHeadPatch;
+constexpr double kHeadPoints[kHeadPatch - 1] = {0, .5, -.5, 1, -1, 2, -2};  // and infinity
+
+// The position embedding in a patch's transform, for kGroup channels: place (i, j) gets vectors[j] * scalars[i] where it
+// depends on the column, vectors[i] * scalars[j] where it depends on the row.
+struct PatchPosition {
+  const float* vectors;  // [kHeadPatch] at a distance of `stride`; null: there is no embedding
+  int64_t stride;
+  const float* scalars;  // [kHeadPatch]
+  bool by_column;
+};
+
 // A block of at most kTileWidth pixels of one output row, from the 1x1 layers' results to the outputs or to gradients.
 struct MixBlock {
   int64_t count;
@@ -92,7 +108,7 @@ struct Kernels {
 
   void (*gemm)(const Gemm&);
   void (*gemm_narrow)(const Gemm&);
-  // The same product in parts of the depth, whose sums are summed: with 256 channels a third of the rounding error.
+  // The same panels in parts of the depth, whose sums are summed: with 256 channels a third of the rounding error.
   void (*gemm_in_parts)(const Gemm&);
   void (*gemm_bf16)(const Gemm&);  // null where the instruction set has no bfloat16 products
 
@@ -114,6 +130,18 @@ struct Kernels {
   void (*find_kept)(const Problem&, const MixBlock&, uint8_t* kept);
   // The gradients of a block's z and logits, written over the inputs' layout.
   void (*mix_backward)(const Problem&, const MixBlock&, const Cotangents&, const MixGradients&);
+
+  // --- the head by tiles: see tiles.h ---
+  // out[column][kHeadPatch][kGroup] = sum over rows of weights[row][kHeadPatch] times kGroup channels of the pixels.
+  void (*transform_rows)(const float* pixels, int64_t row, int64_t rows, int64_t pixel, int64_t columns,
+                         const float* weights, float* out);
+  // A patch's kGroup channels: v[place] = sum over columns of weights[column][kHeadPatch] times transformed rows, and the
+  // position's part.
+  void (*transform_columns)(const float* rows, int64_t columns, const float* weights, const PatchPosition& position,
+                            float* v, int64_t plane);
+  // hidden [kHeadTile * kHeadTile][kGroup] = relu(bias + the tile of the products m[place]). Adds its terms but for the
+  // bias to sum [kGroup], which stays finite only if all of them are.
+  void (*tile_hidden)(const float* m, int64_t plane, const float* bias, float* hidden, float* sum);
 
   // --- the decoder's layers ---
   // v[place] of a patch whose first pixel, which may lie outside the map, is x.

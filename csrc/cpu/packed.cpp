@@ -45,52 +45,53 @@ Bfloat16 to_bf16(float value) {
 void put(float* at, float value) { *at = value; }
 void put(Bfloat16* at, float value) { *at = to_bf16(value); }
 
+void copy(const float* in, int64_t count, float* out) { std::memcpy(out, in, count * sizeof(float)); }
+template <typename In, typename Out>
+void copy(const In* in, int64_t count, Out* out) {
+  for (int64_t i = 0; i < count; ++i) put(out + i, widen(in[i]));
+}
+
 // `count` pixels of one row, channels in the layout's places.
 template <typename In, typename Out>
-void pack_pixels(const In* in, int64_t channel_stride, int64_t pixel_stride, int64_t count,
+void pack_pixels(const In* in, int64_t channel_stride, int64_t row_stride, int64_t pixel_stride, int64_t count,
                  const ChannelLayout& layout, Out* out, int64_t out_pixel) {
   constexpr int64_t kBlock = 16;  // pixels at a time, so that neither side's lines are fetched twice
-  const int64_t channels = layout.channels();
+  const int64_t channels = layout.channels(), half = layout.half_channels();
+  if (channel_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      copy(in + i * pixel_stride, half, out + i * out_pixel);
+      copy(in + i * pixel_stride + half, channels - half, out + i * out_pixel + layout.place(half));
+    }
+    return;
+  }
   for (int64_t begin = 0; begin < count; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, count);
-    if (channel_stride == 1) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t c = 0; c < layout.half_channels(); ++c) put(out + i * out_pixel + c, widen(in[i * pixel_stride + c]));
-        const int64_t shift = layout.place(layout.half_channels()) - layout.half_channels();
-        for (int64_t c = layout.half_channels(); c < channels; ++c)
-          put(out + i * out_pixel + shift + c, widen(in[i * pixel_stride + c]));
-      }
-    } else {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = begin, to = layout.place(c); i < end; ++i)
-          put(out + i * out_pixel + to, widen(in[i * pixel_stride + c * channel_stride]));
+    for (int64_t c = 0; c < channels; ++c) {
+      const In* from = in + c * channel_stride;
+      __builtin_prefetch(from + begin * pixel_stride + row_stride);  // packed next
+      for (int64_t i = begin, to = layout.place(c); i < end; ++i) put(out + i * out_pixel + to, widen(from[i * pixel_stride]));
     }
   }
 }
 
 template <typename In>
-void pack_row_of(const Problem& p, const ChannelLayout& layout, int64_t frame, int64_t row, float* out) {
-  const In* in = static_cast<const In*>(p.x) + frame * p.x_strides[0] + row * p.x_strides[2];
+void pack_row_of(const Problem& p, const ChannelLayout& layout, int64_t frame, int64_t row, Span columns, float* out) {
+  const In* in = static_cast<const In*>(p.x) + frame * p.x_strides[0] + row * p.x_strides[2] +
+                 columns.begin * p.x_strides[3];
   if (layout.bf16())
-    pack_pixels(in, p.x_strides[1], p.x_strides[3], p.in_width, layout, reinterpret_cast<Bfloat16*>(out),
+    pack_pixels(in, p.x_strides[1], p.x_strides[2], p.x_strides[3], columns.size(), layout, reinterpret_cast<Bfloat16*>(out),
                 2 * layout.floats());
   else
-    pack_pixels(in, p.x_strides[1], p.x_strides[3], p.in_width, layout, out, layout.floats());
+    pack_pixels(in, p.x_strides[1], p.x_strides[2], p.x_strides[3], columns.size(), layout, out, layout.floats());
 }
 
 }  // namespace
 
-void pack_row(const Problem& p, const ChannelLayout& layout, int64_t frame, int64_t row, int64_t block_rows,
-              float* out) {
-  const int64_t used = p.in_width * layout.floats(), all = round_up(p.in_width, block_rows) * layout.floats();
-  if (layout.bf16())
-    std::memset(out, 0, all * sizeof(float));  // odd halves of pairs are padding
-  else
-    std::memset(out + used, 0, (all - used) * sizeof(float));
+void pack_row(const Problem& p, const ChannelLayout& layout, int64_t frame, int64_t row, Span columns, float* out) {
   switch (p.x_element) {
-    case Element::float32: return pack_row_of<float>(p, layout, frame, row, out);
-    case Element::bfloat16: return pack_row_of<Bfloat16>(p, layout, frame, row, out);
-    case Element::float16: return pack_row_of<Float16>(p, layout, frame, row, out);
+    case Element::float32: return pack_row_of<float>(p, layout, frame, row, columns, out);
+    case Element::bfloat16: return pack_row_of<Bfloat16>(p, layout, frame, row, columns, out);
+    case Element::float16: return pack_row_of<Float16>(p, layout, frame, row, columns, out);
   }
 }
 
@@ -108,24 +109,59 @@ Buffer pack_positions(const float* table, Span rows, const ChannelLayout& layout
   return out;
 }
 
-PackedHead::PackedHead(const Problem& p, const Kernels& k, bool bf16)
-    : problem(p), kernels(k), layout(p.channels, bf16) {
-  for (int64_t branch = 0; branch < p.experts + (p.has_gate() ? 1 : 0); ++branch) {
-    const int64_t hidden = branch < p.experts ? p.expert_hidden : p.gate_hidden;
-    for (int64_t first = 0; first < hidden; first += kGroup)
-      groups_.push_back({branch, first, std::min<int64_t>(kGroup, hidden - first), first == 0});
-  }
+Branches::Branches(const Problem& p, const Kernels& k) : problem(p), kernels(k) {
+  for (int64_t branch = 0; branch < branches(); ++branch)
+    for (int64_t first = 0; first < hidden(branch); first += kGroup)
+      groups_.push_back({branch, first, std::min<int64_t>(kGroup, hidden(branch) - first), first == 0});
   most_outputs_ = std::max(padded_outputs(0), padded_outputs(p.experts));
-  w1_ = zeros(groups() * kColumn * layout.floats());
   b1_ = zeros(groups() * kGroup);
   w2_ = zeros(groups() * kGroup * most_outputs_);
   w2_by_output_ = zeros(groups() * kGroup * most_outputs_);
-  b2_ = zeros((p.experts + 1) * most_outputs_);
-  for (int64_t branch = 0; branch <= p.experts; ++branch) {
-    const float* b2 = branch < p.experts ? p.expert_b2 + branch * p.outputs : p.gate_b2;
-    if (b2) std::memcpy(b2_ + branch * most_outputs_, b2, outputs(branch) * sizeof(float));
+  b2_ = zeros(branches() * most_outputs_);
+  for (int64_t branch = 0; branch < branches(); ++branch) {
+    const float* b2 = is_expert(branch) ? p.expert_b2 + branch * p.outputs : p.gate_b2;
+    std::memcpy(b2_ + branch * most_outputs_, b2, outputs(branch) * sizeof(float));
   }
-  parallel_for(groups(), p.threads, [&](int64_t g, int) { pack_group(g); });
+  for (int64_t g = 0; g < groups(); ++g) pack_group(g);
+}
+
+Span Branches::branch_groups(int64_t branch) const {
+  const auto in_branch = [&](const Group& group) { return group.branch == branch; };
+  const auto begin = std::find_if(groups_.begin(), groups_.end(), in_branch);
+  const auto end = std::find_if_not(begin, groups_.end(), in_branch);
+  return {begin - groups_.begin(), end - groups_.begin()};
+}
+
+const float* Branches::w1(int64_t branch) const {
+  return is_expert(branch) ? problem.expert_w1 + branch * problem.expert_hidden * problem.channels * kTaps
+                           : problem.gate_w1;
+}
+
+void Branches::pack_group(int64_t g) {
+  const Group& group = groups_[g];
+  const int64_t branch = group.branch, count = hidden(branch), padded = padded_outputs(branch);
+  const float* b1_in = is_expert(branch) ? problem.expert_b1 + branch * count : problem.gate_b1;
+  const float* w2_in = is_expert(branch) ? problem.expert_w2 + branch * problem.outputs * count : problem.gate_w2;
+  for (int n = 0; n < group.channels; ++n) {
+    *(b1_ + (g * kGroup + n)) = b1_in[group.first_channel + n];
+    for (int64_t o = 0; o < outputs(branch); ++o) {
+      const float value = w2_in[o * count + group.first_channel + n];
+      *(w2_ + (g * kGroup * most_outputs_ + n * padded + o)) = value;
+      *(w2_by_output_ + (g * kGroup * most_outputs_ + o * kGroup + n)) = value;
+    }
+  }
+}
+
+PackedHead::PackedHead(const Problem& p, const Kernels& k, bool bf16)
+    : Branches(p, k), layout(p.channels, bf16), w1_(nullptr) {}
+
+void PackedHead::use(const float* packed) {
+  if (!packed) {
+    own_w1_ = Buffer(packed_floats());
+    pack(own_w1_.data());
+  }
+  w1_ = packed ? packed : own_w1_.data();
+  const Problem& p = problem;
   if (!p.pos_x) return;
 
   column_part_ = Buffer(groups() * 3 * p.width * kGroup);
@@ -137,24 +173,19 @@ PackedHead::PackedHead(const Problem& p, const Kernels& k, bool bf16)
                [&](int64_t g, int slot) { make_column_part(g, packed_pos.data(), products[slot].data()); });
 }
 
-Span PackedHead::branch_groups(int64_t branch) const {
-  const auto in_branch = [&](const Group& group) { return group.branch == branch; };
-  const auto begin = std::find_if(groups_.begin(), groups_.end(), in_branch);
-  const auto end = std::find_if_not(begin, groups_.end(), in_branch);
-  return {begin - groups_.begin(), end - groups_.begin()};
-}
-
 const float* PackedHead::column_part(int64_t g) const {
   return problem.pos_x ? column_part_ + g * 3 * problem.width * kGroup : nullptr;
 }
 
-void PackedHead::pack_group(int64_t g) {
-  const Group& group = groups_[g];
-  const int64_t channels = problem.channels, branch = group.branch, depth = layout.floats();
-  const bool expert = branch < problem.experts;
-  const float* w1_in = w1(branch) + group.first_channel * channels * kTaps;
-  float* out = w1_ + g * kColumn * depth;
-  for (int n = 0; n < group.channels; ++n)
+void PackedHead::pack(float* out) const {
+  std::memset(out, 0, packed_floats() * sizeof(float));
+  parallel_for(groups(), problem.threads, [&](int64_t g, int) { pack_group(g, out + g * group_floats()); });
+}
+
+void PackedHead::pack_group(int64_t g, float* out) const {
+  const int64_t channels = problem.channels, depth = layout.floats();
+  const float* w1_in = w1(group(g).branch) + group(g).first_channel * channels * kTaps;
+  for (int n = 0; n < group(g).channels; ++n)
     for (int64_t c = 0; c < channels; ++c)
       for (int tap = 0; tap < kTaps; ++tap) {
         const int64_t column = tap * kGroup + n, panel = column / kernels.panel, within = column % kernels.panel;
@@ -165,18 +196,6 @@ void PackedHead::pack_group(int64_t g) {
         else
           out[(panel * depth + place) * kernels.panel + within] = value;
       }
-
-  const int64_t hidden = expert ? problem.expert_hidden : problem.gate_hidden, padded = padded_outputs(branch);
-  const float* b1_in = expert ? problem.expert_b1 + branch * hidden : problem.gate_b1;
-  const float* w2_in = expert ? problem.expert_w2 + branch * problem.outputs * hidden : problem.gate_w2;
-  for (int n = 0; n < group.channels; ++n) {
-    *(b1_ + (g * kGroup + n)) = b1_in[group.first_channel + n];
-    for (int64_t o = 0; o < outputs(branch); ++o) {
-      const float value = w2_in[o * hidden + group.first_channel + n];
-      *(w2_ + (g * kGroup * most_outputs_ + n * padded + o)) = value;
-      *(w2_by_output_ + (g * kGroup * most_outputs_ + o * kGroup + n)) = value;
-    }
-  }
 }
 
 void PackedHead::multiply(int64_t g, Channels which, const float* pixels, int64_t pixel_floats, int64_t blocks,
@@ -189,7 +208,7 @@ void PackedHead::multiply(int64_t g, Channels which, const float* pixels, int64_
   gemm.a = pixels;
   gemm.a_row = pixel_floats;
   gemm.a_depth = 1;
-  gemm.b = w1_ + (g * kColumn * layout.floats() + first * kernels.panel);
+  gemm.b = w1_ + g * group_floats() + first * kernels.panel;
   gemm.b_panel = layout.floats() * kernels.panel;
   gemm.b_depth = kernels.panel;
   gemm.c = products;

@@ -11,22 +11,25 @@ namespace moe::cpu {
 // with one of the row. In bfloat16 each half is padded to whole pairs, and one float holds a pair.
 class ChannelLayout {
  public:
-  ChannelLayout(int64_t channels, bool bf16)
-      : bf16_(bf16), half_((channels + 1) / 2), rest_(channels - half_), per_float_(bf16 ? 2 : 1) {}
+  // Halves take whole multiples of `step` floats.
+  ChannelLayout(int64_t channels, bool bf16, int64_t step = 1)
+      : bf16_(bf16), half_((channels + 1) / 2), rest_(channels - half_), per_float_(bf16 ? 2 : 1), step_(step) {}
 
   bool bf16() const { return bf16_; }
   int64_t channels() const { return half_ + rest_; }
   int64_t half_channels() const { return half_; }
-  int64_t half_floats() const { return divide_up(half_, per_float_); }
-  int64_t floats() const { return half_floats() + divide_up(rest_, per_float_); }  // of a pixel
+  int64_t half_floats() const { return padded(half_); }
+  int64_t floats() const { return half_floats() + padded(rest_); }  // of a pixel
   // A channel's place, counted in elements (floats, or halves of pairs).
   int64_t place(int64_t channel) const {
     return channel < half_ ? channel : half_floats() * per_float_ + channel - half_;
   }
 
  private:
+  int64_t padded(int64_t channels) const { return round_up(divide_up(channels, per_float_), step_); }
+
   bool bf16_;
-  int64_t half_, rest_, per_float_;
+  int64_t half_, rest_, per_float_, step_;
 };
 
 // kGroup hidden channels of one branch: an expert (0 .. K-1), or the gate (K).
@@ -35,25 +38,50 @@ struct Group {
   bool first_of_branch;
 };
 
-class PackedHead {
+// A head's branches in groups, with everything but the first layers' weights, which each formulation packs its own way.
+class Branches {
  public:
-  PackedHead(const Problem& problem, const Kernels& kernels, bool bf16);
+  Branches(const Problem& problem, const Kernels& kernels);
 
   const Problem& problem;
   const Kernels& kernels;
-  const ChannelLayout layout;
 
+  int64_t branches() const { return problem.experts + (problem.has_gate() ? 1 : 0); }
   int64_t groups() const { return static_cast<int64_t>(groups_.size()); }
   const Group& group(int64_t g) const { return groups_[g]; }
   Span branch_groups(int64_t branch) const;
-  int64_t outputs(int64_t branch) const { return branch < problem.experts ? problem.outputs : problem.experts; }
+  bool is_expert(int64_t branch) const { return branch < problem.experts; }
+  int64_t hidden(int64_t branch) const { return is_expert(branch) ? problem.expert_hidden : problem.gate_hidden; }
+  int64_t outputs(int64_t branch) const { return is_expert(branch) ? problem.outputs : problem.experts; }
   int64_t padded_outputs(int64_t branch) const { return round_up(outputs(branch), kSecondAlign); }
 
-  const float* w1(int64_t branch) const { return branch < problem.experts ? problem.expert_w1 + branch * problem.expert_hidden * problem.channels * kTaps : problem.gate_w1; }
+  const float* w1(int64_t branch) const;                                             // as given
   const float* b1(int64_t g) const { return b1_ + g * kGroup; }                      // [kGroup]
   const float* w2(int64_t g) const { return w2_ + g * kGroup * most_outputs_; }      // [kGroup][padded_outputs]
   const float* w2_by_output(int64_t g) const { return w2_by_output_ + g * kGroup * most_outputs_; }  // transposed
   const float* b2(int64_t branch) const { return b2_ + branch * most_outputs_; }     // [padded_outputs]
+
+ private:
+  void pack_group(int64_t g);
+
+  std::vector<Group> groups_;
+  int64_t most_outputs_;
+  Buffer b1_, w2_, w2_by_output_, b2_;
+};
+
+// A head for the low-resolution formulation.
+class PackedHead : public Branches {
+ public:
+  PackedHead(const Problem& problem, const Kernels& kernels, bool bf16);
+
+  const ChannelLayout layout;
+
+  // The first layers' weights in the products' order.
+  int64_t packed_floats() const { return groups() * group_floats(); }
+  void pack(float* out) const;
+  // Must come before what follows. `packed`: what pack() wrote earlier; null: pack now.
+  void use(const float* packed);
+
   // The position embedding's part that depends on the column, [3][W][kGroup] per row of taps; null without one.
   const float* column_part(int64_t g) const;
 
@@ -63,19 +91,18 @@ class PackedHead {
                 float* products) const;
 
  private:
-  void pack_group(int64_t g);
+  int64_t group_floats() const { return kColumn * layout.floats(); }
+  void pack_group(int64_t g, float* out) const;
   void make_column_part(int64_t g, const float* packed_pos, float* products);
 
-  std::vector<Group> groups_;
-  int64_t most_outputs_;
-  Buffer w1_, b1_, w2_, w2_by_output_, b2_, column_part_;
+  Buffer own_w1_, column_part_;
+  const float* w1_;
 };
 
 // A table [count][half_channels] of positions as packed pixels of one half, zero up to a whole block of rows.
 Buffer pack_positions(const float* table, Span rows, const ChannelLayout& layout, int64_t block_rows);
 
-// Row `row` of a frame as packed pixels [round_up(w, block_rows)][layout.floats()].
-void pack_row(const Problem& problem, const ChannelLayout& layout, int64_t frame, int64_t row, int64_t block_rows,
-              float* out);
+// Some columns of row `row` of a frame as packed pixels [column][layout.floats()]; what is padding stays as it is.
+void pack_row(const Problem& problem, const ChannelLayout& layout, int64_t frame, int64_t row, Span columns, float* out);
 
 }  // namespace moe::cpu

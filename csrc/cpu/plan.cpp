@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace moe::cpu {
 
@@ -70,6 +71,110 @@ ColumnPlan::ColumnPlan(int64_t source, int64_t target, int64_t zero_column) : bl
       columns.end = std::max(columns.end, at.low + (at.has_high() ? 2 : 1));
     }
   }
+}
+
+HeadTransforms::HeadTransforms() : input{}, weights{} {
+  constexpr int kFinite = kHeadPatch - 1;
+  const auto times_all_but = [](int left_out, double* polynomial) {  // the product of (x - point), constant term first
+    polynomial[0] = 1;
+    for (int q = 0, degree = 0; q < kFinite; ++q) {
+      if (q == left_out) continue;
+      ++degree;
+      for (int k = degree; k >= 0; --k)
+        polynomial[k] = (k > 0 ? polynomial[k - 1] : 0) - (k < degree ? kHeadPoints[q] * polynomial[k] : 0);
+    }
+  };
+  for (int i = 0; i < kFinite; ++i) {
+    double scale = 1;
+    for (int q = 0; q < kFinite; ++q) scale *= q == i ? 1 : kHeadPoints[i] - kHeadPoints[q];
+    for (int tap = 0; tap < 3; ++tap) weights[i][tap] = std::pow(kHeadPoints[i], tap) / scale;
+    times_all_but(i, input[i]);
+  }
+  weights[kFinite][2] = 1;
+  times_all_but(kFinite, input[kFinite]);
+}
+
+const HeadTransforms& head_transforms() {
+  static const HeadTransforms transforms;
+  return transforms;
+}
+
+PatchPlan::PatchPlan(int64_t source, int64_t target) : target_(target), patches_(divide_up(target, kHeadTile)) {
+  const auto& matrix = head_transforms().input;
+  for (int64_t t = 0; t < count(); ++t) {
+    const int64_t first = t * kHeadTile - 1;
+    const Span pixels = {std::max<int64_t>(first, 0), std::min(first + kHeadPatch, target)};
+    const Position last = position_of(pixels.end - 1, source, target);
+    Patch& patch = patches_[t];
+    patch.sources = {position_of(pixels.begin, source, target).low, last.low + (last.has_high() ? 2 : 1)};
+    double weights[kMaxSources][kHeadPatch] = {};
+    for (int i = 0; i < kHeadPatch; ++i) {
+      double inside = 0;
+      for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
+        const Position at = position_of(pixel, source, target);
+        const double factor = matrix[i][pixel - first];
+        weights[at.low - patch.sources.begin][i] += factor * at.low_weight;
+        if (at.has_high()) weights[at.low + 1 - patch.sources.begin][i] += factor * at.high_weight;
+        inside += factor;
+      }
+      patch.inside[i] = static_cast<float>(inside);
+    }
+    for (int64_t s = 0; s < patch.sources.size(); ++s)
+      for (int i = 0; i < kHeadPatch; ++i) patch.weights[s * kHeadPatch + i] = static_cast<float>(weights[s][i]);
+  }
+}
+
+void PatchPlan::transform(int64_t tile, const float* values, int64_t channels, float* out, int64_t out_stride) const {
+  const auto& matrix = head_transforms().input;
+  const int64_t first = tile * kHeadTile - 1;
+  for (int i = 0; i < kHeadPatch; ++i)
+    for (int64_t c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int64_t pixel = std::max<int64_t>(first, 0); pixel < std::min(first + kHeadPatch, target_); ++pixel)
+        sum += matrix[i][pixel - first] * values[pixel * channels + c];
+      out[i * out_stride + c] = static_cast<float>(sum);
+    }
+}
+
+namespace {
+
+// The mean square of what float32 positions are off by, in pixels: PyTorch's are a scale times an index.
+double position_error(int64_t source, int64_t target) {
+  const float scale = target > 1 ? static_cast<float>(source - 1) / static_cast<float>(target - 1) : 0.f;
+  double sum = 0;
+  for (int64_t i = 0; i < target; ++i) {
+    const Position exact = position_of(i, source, target);
+    const double off = scale * static_cast<float>(i) - (static_cast<double>(exact.low) + exact.high_weight);
+    sum += off * off;
+  }
+  return sum / static_cast<double>(target);
+}
+
+// In multiply-adds of the matrix product; what is not one counts for as many as take its time.
+double cost_by_rows(const Problem& p, double hidden) {
+  const auto in_pixels = static_cast<double>(p.in_height * p.in_width);
+  const auto blends = static_cast<double>(p.in_height * p.width * 3 * kBlend + p.height * p.width * kBlend);
+  return hidden * (in_pixels * kTaps * static_cast<double>(p.channels) + 4 * blends);
+}
+
+double cost_by_tiles(const Problem& p, double hidden) {
+  const auto tiles = static_cast<double>(divide_up(p.height, kHeadTile) * divide_up(p.width, kHeadTile));
+  const auto channels = static_cast<double>(p.channels);
+  return tiles * (1.1 * kPlaces * hidden * channels + 1100 * channels + 400 * hidden);
+}
+
+}  // namespace
+
+double interpolation_error(const Problem& p) {
+  return std::sqrt(position_error(p.in_height, p.height) + position_error(p.in_width, p.width));
+}
+
+bool uses_tiles(const Problem& p) {
+  const bool upsamples = p.in_height <= p.height && p.in_width <= p.width;
+  if (p.bf16 || !upsamples || p.formulation == Formulation::low_resolution) return false;
+  if (p.formulation == Formulation::winograd) return true;
+  const auto hidden = static_cast<double>(p.experts * p.expert_hidden + p.gate_hidden);
+  return interpolation_error(p) >= kTileError && cost_by_tiles(p, hidden) < cost_by_rows(p, hidden);
 }
 
 }  // namespace moe::cpu

@@ -81,12 +81,23 @@ struct Case {
     p.conf_activation = ConfActivation::expp1;
   }
 
-  // All outputs and all gradients, one after another.
+  // All outputs, and all gradients but of Winograd's formulation, which the backward pass does not know; one after
+  // another. The first layers are packed beforehand.
   Floats run(const char* isa, int threads, bool bf16) {
     p.isa = isa, p.threads = threads, p.bf16 = bf16;
+    int64_t floats = 0;
+    check(cpu::packed_floats(p, floats));
+    Floats packed(floats, NAN);
+    check(cpu::pack(p, packed.data()));
+    p.packed = packed.data();
     const int64_t maps = p.batch * p.pixels(), predicted = p.prediction_channels();
     Floats prediction(maps * predicted, NAN), confidence(maps, NAN), entropy(maps, NAN), weights(maps * p.experts, NAN);
     check(cpu::forward(p, {prediction.data(), confidence.data(), entropy.data(), weights.data(), nullptr}));
+    p.packed = nullptr;  // nothing of the backward pass
+    Floats all;
+    for (const Floats* part : {&prediction, &confidence, &entropy, &weights})
+      all.insert(all.end(), part->begin(), part->end());
+    if (p.formulation == Formulation::winograd) return all;
     Floats gx(x.size(), NAN), gw1(w1.size(), NAN), gb1_(b1.size(), NAN), gw2(w2.size(), NAN), gb2_(b2.size(), NAN);
     Floats gg1(g1.size(), NAN), ggb1(gb1.size(), NAN), gg2(g2.size(), NAN), ggb2(gb2.size(), NAN);
     Floats glogits(logits.size(), NAN);
@@ -98,8 +109,7 @@ struct Case {
       gradients.gate_b2 = ggb2.data(), gradients.gate_logits = glogits.data();
     const Floats ones(maps * predicted, 1.f);
     check(cpu::backward(p, {ones.data(), ones.data(), ones.data(), nullptr, nullptr}, gradients));
-    Floats all;
-    for (const Floats* part : {&prediction, &confidence, &entropy, &weights, &gx, &gw1, &gb1_, &gw2, &gb2_})
+    for (const Floats* part : {&gx, &gw1, &gb1_, &gw2, &gb2_})
       all.insert(all.end(), part->begin(), part->end());
     for (const Floats* part : {&gg1, &ggb1, &gg2, &ggb2, &glogits})
       if (gate) all.insert(all.end(), part->begin(), part->end());
@@ -117,6 +127,7 @@ struct Case {
   Problem p;
 };
 
+// Relative, over all of a and as much of b.
 double distance(const Floats& a, const Floats& b) {
   double difference = 0, size = 0;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -223,12 +234,15 @@ int main() {
     for (Mode mode : {Mode::mean, Mode::argmax, Mode::switch_})
       for (float skip_below : {0.f, 1e-6f}) {
         Case test(kShapes[s], mode, skip_below, skip_below == 0);
+        test.p.formulation = Formulation::low_resolution;
         const Floats truth = test.run("portable", 1, false);
-        for (int i = 0; i < count; ++i) {
-          const Floats one = test.run(isas[i], 1, false);
-          expect(distance(one, truth) < 1e-4, "differs from the portable path", isas[i], s);
-          expect(test.run(isas[i], 3, false) == one, "depends on the number of threads", isas[i], s);
-        }
+        for (Formulation formulation : {Formulation::low_resolution, Formulation::winograd})
+          for (int i = 0; i < count; ++i) {
+            test.p.formulation = formulation;
+            const Floats one = test.run(isas[i], 1, false);
+            expect(distance(one, truth) < 1e-4, "differs from the portable path", isas[i], s);
+            expect(test.run(isas[i], 3, false) == one, "depends on the number of threads", isas[i], s);
+          }
         if (cpu::has_bf16_products())
           expect(distance(test.run("avx512", 2, true), truth) < 0.1, "bfloat16 differs", "avx512", s);
       }

@@ -20,6 +20,7 @@ import moe3d
 from moe3d.benchmark.accuracy import Error, Judge, Outputs, join, truth
 from moe3d.benchmark.case import VGGT_CHUNK, Case, Weights, random_inputs, random_weights
 from moe3d.benchmark.race import Contestant, Unavailable
+from moe3d.ops.native import chosen_formulation
 from moe3d.position import position_tables
 
 STOCK = "stock"
@@ -31,7 +32,17 @@ CONCATENATED = "eager concatenated"
 CHANNELS_LAST = "eager concatenated, channels_last"
 COMPILED = "torch.compile"
 
-_FORMULATIONS = {"cpu": "low-resolution"}  # what backends execute, where it is not the direct form; for the counts
+
+def _direct(_: Case) -> str:
+    return "direct"
+
+
+def _cpu_formulation(case: Case) -> str:
+    return chosen_formulation(case.source_size, case.size, case.channels, case.hidden, case.precision == "bf16")
+
+
+# What backends execute, where it is not the direct form; for the counts.
+_FORMULATIONS: dict[str, Callable[[Case], str]] = {"cpu": _cpu_formulation}
 
 Tail = Callable[[Tensor], Outputs]
 
@@ -162,7 +173,7 @@ class Peer:
     name: str
     build: Callable[[Case, Weights], Tail]
     of: Callable[[Case], Case] = lambda case: case
-    formulation: str = "direct"
+    formulation: Callable[[Case], str] = _direct
     plain: str | None = CONCATENATED
     memory_format: torch.memory_format = torch.contiguous_format
 
@@ -190,7 +201,7 @@ _PLAIN = [
 def peers() -> dict[str, Peer]:
     """All of them by name; those that judge come first. The package's backends go by their own names."""
     backends = [
-        Peer(name, partial(backend_tail, name), formulation=_FORMULATIONS.get(name, "direct"))
+        Peer(name, partial(backend_tail, name), formulation=_FORMULATIONS.get(name, _direct))
         for name in moe3d.backends()
     ]
     return {peer.name: peer for peer in _PLAIN + backends}

@@ -114,11 +114,12 @@ def _record(
 def _roof(case: Case, name: str, seconds: float, ceilings: Ceilings) -> Roof:
     peer = tail_peers.peers()[name]
     own = peer.of(case)
-    work = tail_work(own, peer.formulation)
+    formulation = peer.formulation(own)
+    work = tail_work(own, formulation)
     floor, bound = ceilings.floor_s(work, case.precision)
     executed, direct = (2 * w.matrix_macs / seconds / 1e9 for w in (work, tail_work(own)))
     return Roof(
-        formulation=peer.formulation,
+        formulation=formulation,
         matrix_macs=work.matrix_macs,
         vector_macs=work.vector_macs,
         bytes=work.bytes,

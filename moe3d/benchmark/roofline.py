@@ -16,7 +16,7 @@ from moe3d.benchmark.case import Case, arithmetic
 from moe3d.benchmark.clock import time_call
 
 _PROBES = {"cpu": (256 << 20, 2048), "cuda": (4 << 30, 8192)}  # bytes to copy, size of the matrices
-FORMULATIONS = ("direct", "columns", "low-resolution")
+FORMULATIONS = ("direct", "columns", "low-resolution", "winograd")
 
 PAPER_GFLOPS_PERCENT = 4.97  # MoE3D (arXiv 2601.05208), over VGGT
 PAPER_PARAMETERS_PERCENT = 0.79
@@ -44,7 +44,8 @@ def tail_work(case: Case, formulation: str = "direct") -> Work:
         formulation: of upsampling and first layer together. "direct": upsample, then convolve, as VGGT does.
             "columns": interpolate the rows, convolve at full height and low width with three column taps side by side,
             then interpolate the columns. "low-resolution": one product with 9 N outputs per low-resolution pixel, then
-            interpolate and sum both ways.
+            interpolate and sum both ways. "winograd": 64 products for a tile of 6 x 6 outputs; interpolation and
+            transforms by dense 8 x 6 matrices there (rows once a column, columns once a tile) and 6 x 8 back.
     """
     (height, width), (h, w) = case.size, case.source_size
     c, n = case.channels, case.hidden
@@ -56,6 +57,10 @@ def tail_work(case: Case, formulation: str = "direct") -> Work:
     elif formulation == "low-resolution":
         # Columns for each low-resolution row and kernel row: 3 x 3 kernel taps of 2. Rows: 3 kernel rows of 2 taps.
         matrix, vector = h * w * c * 9 * n, h * width * n * 18 + height * width * n * 6
+    elif formulation == "winograd":
+        rows, columns = -(-height // 6), -(-width // 6)
+        matrix = rows * columns * 64 * c * n
+        vector = rows * 8 * 6 * c * (w + 8 * columns) + rows * columns * 14 * 24 * n
     else:
         raise ValueError(f"formulation must be one of {', '.join(FORMULATIONS)}, got {formulation!r}")
     second = case.experts * case.expert_hidden * case.outputs + (case.gate_hidden * case.experts if case.gated else 0)

@@ -7,11 +7,12 @@ built for another version, not loadable here) is a reason told when the backend 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe3d import _build
 from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
@@ -20,13 +21,17 @@ from moe3d.ops.mixture import MODES
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset takes the best that the processor has
+# low-resolution or winograd (which gives way where it cannot run); "auto" or unset takes what needs fewer operations
+FORMULATION_VARIABLE = "MOE3D_CPU_FORMULATION"
+FORMULATIONS = ("auto", "low-resolution", "winograd")
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FAILURES = {1: "out of memory", 2: "no such instruction set", 3: "an instruction set that this processor lacks"}
 
 
 class CPUBackend(Backend):
-    """Low-resolution formulation, float32 or bfloat16 products with float32 sums; see csrc/cpu/hidden.h."""
+    """The first layer at low resolution (csrc/cpu/hidden.h) or by Winograd's algorithm (csrc/cpu/tiles.h), whichever
+    needs fewer operations; float32 or bfloat16 products with float32 sums."""
 
     def unavailable(self) -> str | None:
         native = _build.native()
@@ -35,6 +40,8 @@ class CPUBackend(Backend):
         known = ("auto", *native.module.supported_isas())
         if isa() not in known:
             return f"{ISA_VARIABLE}={isa()!r}, expected one of {', '.join(known)} on this processor"
+        if formulation() not in FORMULATIONS:
+            return f"{FORMULATION_VARIABLE}={formulation()!r}, expected one of {', '.join(FORMULATIONS)}"
         return None
 
     def unsupported(self, tensors: HeadTensors, options: HeadOptions) -> str | None:
@@ -52,6 +59,7 @@ class CPUBackend(Backend):
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
         outputs = empty_outputs(tensors, options)
         call = _CPUCall(tensors, options, bf16=_uses_bf16(tensors.x.dtype, options.precision))
+        call.use_packed_weights(tensors)
         call.run("cpu_forward", call.addresses("Outputs", outputs._asdict()))
         return outputs
 
@@ -77,6 +85,21 @@ def has_bf16_products() -> bool:
 def isa() -> str:
     """The instruction set asked for."""
     return os.environ.get(ISA_VARIABLE) or "auto"
+
+
+def formulation() -> str:
+    """The formulation asked for."""
+    return os.environ.get(FORMULATION_VARIABLE) or "auto"
+
+
+def chosen_formulation(source: tuple[int, int], size: tuple[int, int], channels: int, hidden: int, bf16: bool) -> str:
+    """What a forward pass takes, for features of ``source`` size and ``hidden`` channels over all branches."""
+    module: Any = _build.native().module
+    p = module.Problem()
+    (p.in_height, p.in_width), (p.height, p.width) = source, size
+    p.channels, p.experts, p.expert_hidden, p.bf16 = channels, 1, hidden, bf16
+    p.formulation = FORMULATIONS.index(formulation())
+    return FORMULATIONS[module.cpu_formulation(p)]
 
 
 def _uses_bf16(x: torch.dtype, precision: str) -> bool:
@@ -115,6 +138,30 @@ def as_head_tensors(gradients: dict[str, Tensor]) -> HeadTensors:
     if "x" in gradients:
         gradients["x"] = gradients["x"].permute(0, 3, 1, 2)
     return HeadTensors(*(gradients.get(name) for name in HeadTensors._fields))
+
+
+def _check(status: int) -> None:
+    if status == 1:
+        raise MemoryError("moe_head: the cpu backend ran out of memory")
+    if status:
+        raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
+
+
+# By expert_w1: the state of the first layers' weights, and what was packed from them, by kind of packing.
+_packed = WeakTensorKeyDictionary()
+
+
+def _state(weights: Sequence[Tensor]) -> tuple | None:
+    """Equal to an earlier one only if the weights are what they were; None where that cannot be told.
+
+    Version counters miss what is written through ``.data``; hence a few values of each tensor, too.
+    """
+    if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
+        return None
+    versions = tuple(0 if w.is_inference() else w._version for w in weights)
+    sizes = [(w.data_ptr(), w.numel()) for w in weights]
+    module: Any = _build.native().module
+    return tuple(w.shape for w in weights), tuple(sizes), versions, module.fingerprint(sizes)
 
 
 class Call:
@@ -164,11 +211,26 @@ class Call:
 class _CPUCall(Call):
     def __init__(self, tensors: HeadTensors, options: HeadOptions, bf16: bool):
         super().__init__(_build.native().module, tensors, options)  # there, or the dispatcher had not come here
+        self.problem.formulation = FORMULATIONS.index(formulation())
         self.problem.bf16, self.problem.isa, self.problem.threads = bf16, isa(), torch.get_num_threads()
 
+    def use_packed_weights(self, tensors: HeadTensors) -> None:
+        """The first layers' weights as the kernels read them, from an earlier call if they are still the same."""
+        first_layers = [w for w in (tensors.expert_w1, tensors.gate_w1) if w is not None]
+        state = _state(first_layers)
+        if state is None:
+            return
+        kept = _packed.get(tensors.expert_w1)
+        if kept is None or kept[0] != state:
+            kept = _packed[tensors.expert_w1] = state, {}
+        kind = self.module.cpu_formulation(self.problem), self.problem.bf16, self.problem.isa
+        if kind not in kept[1]:
+            status, floats = self.module.cpu_packed_floats(self.problem)
+            _check(status)
+            packed = torch.empty(floats, dtype=torch.float32, device="cpu")
+            self.run("cpu_pack", packed.data_ptr())
+            kept[1][kind] = packed
+        self.problem.packed = self._keep(kept[1][kind]).data_ptr()
+
     def run(self, function: str, *structs) -> None:
-        status = getattr(self.module, function)(self.problem, *structs)
-        if status == 1:
-            raise MemoryError("moe_head: the cpu backend ran out of memory")
-        if status:
-            raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
+        _check(getattr(self.module, function)(self.problem, *structs))

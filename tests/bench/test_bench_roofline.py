@@ -59,6 +59,7 @@ def test_counts_of_one_vggt_frame_by_hand():
     assert tail_work(case.single).matrix_macs == 268_324 * (1_152 * 32 + 32 * 2)
     assert tail_work(case).matrix_macs == 268_324 * 1_152 * 256 + second
     assert tail_work(case, "columns").matrix_macs == 518 * 296 * 384 * 768 + second
+    assert tail_work(case, "winograd").matrix_macs == 87 * 87 * 64 * 128 * 256 + second
     assert tail_work(case, "low-resolution").matrix_macs == 87_616 * 128 * 9 * 256 + second
     assert tail_work(case).vector_macs == 268_324 * 128 * 4
     # 3 kernel rows x 3 kernel columns x 2 taps along the row, then 3 kernel rows x 2 taps down the column
@@ -126,8 +127,8 @@ def test_the_floor_is_the_larger_of_arithmetic_and_memory():
 
 
 def test_unknown_formulation():
-    with pytest.raises(ValueError, match="formulation must be one of direct, columns, low-resolution, got 'winograd'"):
-        tail_work(SMALL, "winograd")
+    with pytest.raises(ValueError, match="low-resolution, winograd, got 'fft'"):
+        tail_work(SMALL, "fft")
 
 
 def test_measured_ceilings_are_of_this_world(small_ceilings):
