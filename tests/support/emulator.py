@@ -38,7 +38,7 @@ Problem = _struct(
     x=_Pointer,
     x_element=ctypes.c_int32,
     x_strides=ctypes.c_int64 * 4,
-    **_pointers(*_PARAMETERS, "gate_logits", "pos_x", "pos_y"),
+    **_pointers(*_PARAMETERS, "gate_logits", "pos_x", "pos_y", "packed"),
     temperature=ctypes.c_float,
     activation=ctypes.c_int32,
     conf_activation=ctypes.c_int32,
@@ -46,6 +46,7 @@ Problem = _struct(
     gap=ctypes.c_float,
     skip_below=ctypes.c_float,
     bf16=ctypes.c_bool,
+    formulation=ctypes.c_int32,
     isa=ctypes.c_char_p,
     threads=ctypes.c_int32,
 )
