@@ -293,11 +293,13 @@ class ImageGate(nn.Module):
         self.out.weight.zero_()
         self.out.bias.zero_()
 
-    def forward(self, image: Tensor, features: Tensor) -> Tensor:
-        """image [B, 3, H, W] in [0, 1] and features [B, C, h, w] -> logits [B, K, H, W]."""
+    def forward(self, image: Tensor, features: Tensor | None = None) -> Tensor:
+        """image [B, 3, H, W] in [0, 1] and, of a guided branch, features [B, C, h, w] -> logits [B, K, H, W]."""
         hidden = torch.relu(self.conv1(image.to(self.conv1.weight.dtype) - 0.5))
         hidden = torch.relu(self.conv2(hidden))
         if self.project is not None and self.merge is not None:
+            if features is None:
+                raise ValueError("features must be given to a guided image gate, got None")
             seen = self.project(features.to(self.project.weight.dtype))
             seen = F.interpolate(seen, image.shape[-2:], mode="bilinear", align_corners=True)
             hidden = torch.relu(self.merge(torch.cat([hidden, seen], dim=1)))

@@ -262,6 +262,8 @@ def test_a_guided_image_gate_sees_the_features_where_they_are_in_the_image():
     with torch.no_grad():
         gate.out.weight.fill_(1.0)
     image, x = torch.rand(1, 3, 13, 13), torch.rand(1, 3, 7, 7)
+    with pytest.raises(ValueError, match="features must be given to a guided image gate, got None"):
+        gate(image)
     before = gate(image, x)
     x[:, :, 6, 6] += 5.0  # the last feature is that of the last pixel: align_corners
     changed = (gate(image, x) != before).any(1)[0].nonzero()

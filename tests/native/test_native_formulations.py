@@ -229,14 +229,14 @@ def test_extra_memory_of_a_frame(monkeypatch):
 def packings(monkeypatch) -> list[int]:
     """Grows by one with each packing."""
     counted: list[int] = []
-    call = native._Call.run
+    call = native._CPUCall.run
 
     def counting(self, function, *structs):
         if function == "cpu_pack":
             counted.append(1)
         return call(self, function, *structs)
 
-    monkeypatch.setattr(native._Call, "run", counting)
+    monkeypatch.setattr(native._CPUCall, "run", counting)
     return counted
 
 
