@@ -25,8 +25,10 @@ ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset take
 FORMULATION_VARIABLE = "MOE3D_CPU_FORMULATION"
 FORMULATIONS = ("auto", "low-resolution", "winograd")
 
+_BACKEND = "moe_head: the cpu backend"  # of whom errors speak
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FAILURES = {1: "out of memory", 2: "no such instruction set", 3: "an instruction set that this processor lacks"}
+_OUT_OF_MEMORY = 1
+_FAILURES = {2: "no such instruction set", 3: "an instruction set that this processor lacks"}
 
 
 class CPUBackend(Backend):
@@ -140,11 +142,12 @@ def as_head_tensors(gradients: dict[str, Tensor]) -> HeadTensors:
     return HeadTensors(*(gradients.get(name) for name in HeadTensors._fields))
 
 
-def _check(status: int) -> None:
-    if status == 1:
-        raise MemoryError("moe_head: the cpu backend ran out of memory")
+def check_status(status: int, who: str) -> None:
+    """MemoryError or RuntimeError for a status of the CPU kernels other than ok; ``who`` was called."""
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError(f"{who} ran out of memory")
     if status:
-        raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
+        raise RuntimeError(f"{who} failed: {_FAILURES.get(status, f'status {status}')}")
 
 
 # By expert_w1: the state of the first layers' weights, and what was packed from them, by kind of packing.
@@ -226,11 +229,11 @@ class _CPUCall(Call):
         kind = self.module.cpu_formulation(self.problem), self.problem.bf16, self.problem.isa
         if kind not in kept[1]:
             status, floats = self.module.cpu_packed_floats(self.problem)
-            _check(status)
+            check_status(status, _BACKEND)
             packed = torch.empty(floats, dtype=torch.float32, device="cpu")
             self.run("cpu_pack", packed.data_ptr())
             kept[1][kind] = packed
         self.problem.packed = self._keep(kept[1][kind]).data_ptr()
 
     def run(self, function: str, *structs) -> None:
-        _check(getattr(self.module, function)(self.problem, *structs))
+        check_status(getattr(self.module, function)(self.problem, *structs), _BACKEND)

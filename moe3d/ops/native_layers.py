@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe3d import _build
-from moe3d.ops.native import FAILURES, isa
+from moe3d.ops.native import check_status, isa
 
 __all__ = ["CHANNEL_STEP", "Cells", "Upsampled", "Winograd", "can_run", "fingerprint", "isa", "upsample"]
 
@@ -169,11 +169,7 @@ def _run(kind: str, function: str, x: Tensor, y: Tensor, **fields: Any) -> None:
         if value is not None:
             setattr(layer, name, value.data_ptr() if isinstance(value, Tensor) else value)
     if y.numel():
-        status = getattr(_module(), function)(layer)
-        if status == 1:
-            raise MemoryError(f"the head's native {function} layer ran out of memory")
-        if status:
-            raise RuntimeError(f"the head's native {function} layer failed: {FAILURES.get(status, status)}")
+        check_status(getattr(_module(), function)(layer), f"the head's native {function} layer")
 
 
 def _panels(matrices: Tensor) -> Tensor:
