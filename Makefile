@@ -77,7 +77,7 @@ dist:
 
 # The wheel as a user gets it, in a new environment far from this checkout: first with nothing else on the PATH, no compiler
 # either, then under the tests that the sdist carries, whose own copy of the package is removed.
-# TESTS="tests/test_package.py tests/ops" runs some of them.
+# TESTS="tests/test_package.py tests/ops" runs some of them, JOBS=1 all in one process.
 test-dist: dist
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -ex && \
 	tar -xzf dist/*.tar.gz --strip-components 1 -C "$$folder" && cd "$$folder" && rm -r moe3d kernels && \
