@@ -1,5 +1,5 @@
 // The Python module moe3d._native: sizes, options and raw addresses in, a status out. It knows neither PyTorch nor
-// NumPy, so one build serves every version of them; moe3d/ops/native.py fills in the fields by name.
+// NumPy, so one build serves every version of them; moe3d/ops/native*.py fill in the fields by name.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
