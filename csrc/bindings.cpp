@@ -243,7 +243,6 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of moe3d; called through moe3d.ops.native.";
   m.attr("version") = MOE3D_VERSION;
-  m.attr("compiler") = MOE3D_COMPILER;
   bind_problem(m);
   bind_packing(m);
   bind_maps<float>(m, "Outputs");
