@@ -150,21 +150,25 @@ def check_status(status: int, who: str) -> None:
         raise RuntimeError(f"{who} failed: {_FAILURES.get(status, f'status {status}')}")
 
 
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """Changes with the values of these contiguous float32 tensors, of each of which a few are read."""
+    module: Any = _build.native().module
+    return module.fingerprint([(t.data_ptr(), t.numel()) for t in tensors])
+
+
+def state_of(tensors: Sequence[Tensor]) -> tuple:
+    """Equal to an earlier one only if these contiguous float32 tensors are what they were.
+
+    Version counters miss what is written through ``.data`` (as averages of weights are swapped in); hence a few values
+    of each tensor, too.
+    """
+    places = tuple((t.data_ptr(), t.shape) for t in tensors)
+    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    return places, versions, fingerprint(tensors)
+
+
 # By expert_w1: the state of the first layers' weights, and what was packed from them, by kind of packing.
 _packed = WeakTensorKeyDictionary()
-
-
-def _state(weights: Sequence[Tensor]) -> tuple | None:
-    """Equal to an earlier one only if the weights are what they were; None where that cannot be told.
-
-    Version counters miss what is written through ``.data``; hence a few values of each tensor, too.
-    """
-    if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
-        return None
-    versions = tuple(0 if w.is_inference() else w._version for w in weights)
-    sizes = [(w.data_ptr(), w.numel()) for w in weights]
-    module: Any = _build.native().module
-    return tuple(w.shape for w in weights), tuple(sizes), versions, module.fingerprint(sizes)
 
 
 class Call:
@@ -220,9 +224,9 @@ class _CPUCall(Call):
     def use_packed_weights(self, tensors: HeadTensors) -> None:
         """The first layers' weights as the kernels read them, from an earlier call if they are still the same."""
         first_layers = [w for w in (tensors.expert_w1, tensors.gate_w1) if w is not None]
-        state = _state(first_layers)
-        if state is None:
+        if any(w.dtype != torch.float32 or not w.is_contiguous() for w in first_layers):
             return
+        state = state_of(first_layers)
         kept = _packed.get(tensors.expert_w1)
         if kept is None or kept[0] != state:
             kept = _packed[tensors.expert_w1] = state, {}

@@ -7,7 +7,6 @@ interpolation at exact positions (see csrc/decoder.h).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from moe3d import _build
 from moe3d.ops.native import check_status, isa
-
-__all__ = ["CHANNEL_STEP", "Cells", "Upsampled", "Winograd", "can_run", "fingerprint", "isa", "upsample"]
 
 CHANNEL_STEP = 16
 
@@ -30,11 +27,6 @@ def can_run() -> bool:
     """Whether the compiled module is there and has the instruction set asked for."""
     module = _build.native().module
     return module is not None and module.weights_panel(isa()) > 0
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """Changes with the values of these contiguous float32 tensors, of each of which a few are read."""
-    return _module().fingerprint([(t.data_ptr(), t.numel()) for t in tensors])
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
