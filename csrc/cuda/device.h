@@ -23,10 +23,12 @@
 #define MOE_DEVICE __device__ __forceinline__
 #define MOE_BOTH __host__ __device__ __forceinline__
 #define MOE_UNROLL _Pragma("unroll")
+#define MOE_KEEP_LOOP _Pragma("unroll 1")
 #else
 #define MOE_DEVICE inline
 #define MOE_BOTH inline
 #define MOE_UNROLL
+#define MOE_KEEP_LOOP
 #endif
 
 namespace moe::cuda {
@@ -79,6 +81,7 @@ constexpr Device kLargestDevice = {132, 228 << 10, 227 << 10};  // sm_90
 //   float to_float(Bf16 | Half);  float as_float(uint32_t);  uint32_t as_bits(float);
 //   Bf16, Half or float (a tf32 in its bits) rounded<Type>(float);   to the nearest
 //   float fused(float a, float b, float c);              a * b + c, rounded once
+//   int computed_anew(int);    its argument; the compiler keeps in no register across a loop what follows from it
 // and on the host:
 //   Device current_device();
 struct Tf32 {

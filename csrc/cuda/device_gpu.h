@@ -106,6 +106,10 @@ MOE_DEVICE auto rounded(float value) {
   }
 }
 
+MOE_DEVICE int computed_anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 MOE_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 inline Status cuda_status(cudaError_t error) {

@@ -1,4 +1,4 @@
-// The hidden activations by the low-resolution formulation, and the second layer, in one kernel on the tensor cores:
+// The hidden activations by the low-resolution formulation, and the second layer, in one kernel:
 //
 //   conv(U x)[n, Y, X] = sum_dy sum_jy Uy[Y + dy, jy] ( sum_dx sum_jx Ux[X + dx, jx] G[jy, jx, dy, dx, n] )
 //   G[jy, jx, dy, dx, n] = W[n, :, dy, dx] . x[:, jy, jx]
@@ -31,29 +31,24 @@ struct Unit {
 
 MOE_BOTH Unit unit_from(int first_column, int in_width, int width) {
   const int left = first_column > 0 ? first_column - 1 : 0, last_pixel = in_width - 1;
-  const int base = width > 1 ? static_cast<int>(static_cast<int64_t>(left) * last_pixel / (width - 1)) : 0;
+  const int base = width > 1 ? left * last_pixel / (width - 1) : 0;  // sides are at most 32,768
   int end = first_column + kUnitColumns;
   const int reach = base + kUnitPixels - 1;
   if (reach < last_pixel) {
-    const int upsampled = static_cast<int>(static_cast<int64_t>(reach) * (width - 1) / last_pixel);  // the last one
+    const int upsampled = reach * (width - 1) / last_pixel;  // the last one
     end = upsampled < end ? upsampled : end;
   }
   return {first_column, end < width ? end : width, base};
 }
 
-struct Strip {
-  Unit units[kUnits];  // the later ones may be empty
-  int first_column() const { return units[0].first_column; }
-};
-
-MOE_BOTH Strip strip_from(int first_column, int in_width, int width) {
-  Strip strip;
-  for (int u = 0; u < kUnits; ++u) {
-    strip.units[u] = unit_from(first_column, in_width, width);
-    if (first_column >= width) strip.units[u] = {width, width, strip.units[0].first_pixel};
-    first_column = strip.units[u].end_column;
-  }
-  return strip;
+// A strip is kUnits units side by side; the later ones may be empty.
+MOE_BOTH Unit unit_of_strip(int index, int first_column, int in_width, int width) {
+  Unit unit = unit_from(first_column, in_width, width);
+  for (; index > 0; --index) unit = unit_from(unit.end_column, in_width, width);
+  return unit;
+}
+MOE_BOTH int end_of_strip(int first_column, int in_width, int width) {
+  return unit_of_strip(kUnits - 1, first_column, in_width, width).end_column;
 }
 
 // How the columns of an image fall into strips.
@@ -62,7 +57,7 @@ struct Strips {
 
   Strips(int in_width, int width) {
     for (int column = 0; column < width; ++count) {
-      const int end = strip_from(column, in_width, width).units[kUnits - 1].end_column;
+      const int end = end_of_strip(column, in_width, width);
       widest = std::max(widest, end - column);
       column = end;
     }
@@ -173,10 +168,11 @@ struct LowResolution {
   static constexpr int kThreads = kMakers + kCombiners;
   static constexpr int kBlocks = sizeof(Operand<Arithmetic>) == 2 ? 2 : 1;  // on a processor, where they fit
   static constexpr int kTiles = kUnitPixels / 8;   // of 8 pixels, which the matrix units see as columns
-  static constexpr int kRun = kUnitPixels / 4;     // neighbouring pixels in the accumulators of a lane, and as many
-  static constexpr int kHalo = 3;                  // of the next lane's does it need for the columns that begin in its own
-  static constexpr int kRowFloats = 3 * kGroup;
+  static constexpr int kRun = kUnitPixels / 4;     // neighbouring pixels in the accumulators of a lane; columns that
+                                                   // begin there read up to three of the next lane's
+  static constexpr int kColumnBytes = 3 * kGroup * sizeof(float);  // of a combined row, for three dy
   static constexpr int kBlockPixels = kUnits * kUnitPixels;
+  static constexpr int kFactsBytes = 128;          // so that all that follows is aligned to it
   enum Barrier { kPixels = 1, kFull, kEmpty };
 
   struct Params {
@@ -207,21 +203,16 @@ struct LowResolution {
   static int64_t slot_bytes(int64_t slots) { return kUnits * (kRun + 2) * slots * 4 * sizeof(Slot); }
   static int64_t shared_bytes(int64_t channels, int64_t slots, int64_t widest) {
     return weight_bytes(channels) + kBlockPixels * pixel_pitch(static_cast<int>(channels)) + slot_bytes(slots) +
-           2 * widest * kRowFloats * static_cast<int64_t>(sizeof(float));
+           kFactsBytes + 2 * widest * kColumnBytes;
   }
 
   MOE_DEVICE static void run(const Params& p) {
-    const Block block(p);
-    fill_slots(p, block);
-    if (thread_index() < kMakers) {
-      copy_weights(p, block);
-      copy_pixels(p, block, block.first_source);
-    }
+    begin(p);
     sync_block();  // the slots are there
     if (thread_index() < kMakers)
-      make(p, block);
+      make(p, Block(p));
     else
-      combine(p, block);
+      combine(p, Block(p));
   }
 
  private:
@@ -233,22 +224,30 @@ struct LowResolution {
     int unused;
   };
 
+  // What is read in shared memory each time, for want of registers.
+  struct alignas(16) Facts {
+    int first_channel, used;  // of the group, and how many of them are not padding
+    int sums_row;             // among the planes: where this frame's first sums would have the image's row 0
+    int shift;                // of the second unit's pixels from the first one's; or -1: it has no columns
+    int last_source;          // of Block
+    int first_pixel, unused[2];
+  };
   struct Block {
-    Strip strip;
-    int group, frame;
+    int first_column, end_column;    // of the output
+    int first_pixel;                 // of x
+    int first_channel, frame;
     int first_row, end_row;          // of the output
     int first_source, last_source;   // rows of x
     uint32_t weights, pixels, slots, combined;  // shared memory
-    int row_bytes;                   // of a combined row and dy
 
     MOE_DEVICE explicit Block(const Params& p) {
-      const Index3 index = block_index();
+      const Index3 index = {computed_anew(block_index().x), computed_anew(block_index().y), block_index().z};
       const int groups = p.columns.total / kGroup;  // neighbours in the grid share pixels
-      int column = 0;
-      for (int i = index.x / groups; i > 0; --i)
-        column = strip_from(column, p.in_width, p.width).units[kUnits - 1].end_column;
-      strip = strip_from(column, p.in_width, p.width);
-      group = index.x % groups, frame = index.z;
+      first_column = 0;
+      for (int i = index.x / groups; i > 0; --i) first_column = end_of_strip(first_column, p.in_width, p.width);
+      end_column = end_of_strip(first_column, p.in_width, p.width);
+      first_pixel = unit_from(first_column, p.in_width, p.width).first_pixel;
+      first_channel = index.x % groups * kGroup, frame = index.z;
       first_row = p.planes.first_row + index.y * p.band_rows;
       const int end = p.planes.first_row + p.rows;
       end_row = first_row + p.band_rows < end ? first_row + p.band_rows : end;
@@ -260,11 +259,27 @@ struct LowResolution {
       weights = shared_address(shared_memory());
       pixels = weights + kGroup * kTaps * p.channels * static_cast<int>(sizeof(Operand<Arithmetic>));
       slots = pixels + kBlockPixels * pixel_pitch(p.channels);
-      combined = slots + kUnits * (kRun + 2) * p.slots * 4 * static_cast<int>(sizeof(Slot));
-      row_bytes = p.widest * kGroup * static_cast<int>(sizeof(float));
+      combined = slots + kUnits * (kRun + 2) * p.slots * 4 * static_cast<int>(sizeof(Slot)) + kFactsBytes;
     }
-    MOE_DEVICE uint32_t combined_row(int source) const { return combined + (source & 1) * 3 * row_bytes; }
   };
+
+  MOE_DEVICE static Facts facts(const Block& block) {
+    float v[2][4];
+    const uint32_t at = block.combined - static_cast<int>(sizeof(Facts));
+    load_shared(v[0], at);
+    load_shared(v[1], at + 16);
+    const auto integer = [&](int i) { return static_cast<int>(as_bits(v[i / 4][i % 4])); };
+    return {integer(0), integer(1), integer(2), integer(3), integer(4), integer(5), {}};
+  }
+
+  MOE_DEVICE static void begin(const Params& p) {
+    const Block block(p);
+    fill_slots(p, block);
+    if (thread_index() == kMakers) fill_facts(p, block);
+    if (thread_index() >= kMakers) return;
+    copy_weights(p, block);
+    copy_pixels(p, block, block.first_pixel, block.first_source);
+  }
 
   // the makers
 
@@ -273,14 +288,15 @@ struct LowResolution {
 
   MOE_DEVICE static void copy_weights(const Params& p, const Block& block) {
     const int bytes = kGroup * kTaps * p.channels * static_cast<int>(sizeof(Operand<Arithmetic>));
-    const char* from = reinterpret_cast<const char*>(p.weights) + static_cast<int64_t>(block.group) * bytes;
+    const char* from = reinterpret_cast<const char*>(p.weights) + static_cast<int64_t>(block.first_channel / kGroup) * bytes;
+    MOE_KEEP_LOOP
     for (int at = thread_index() * 16; at < bytes; at += kMakers * 16) copy_async(block.weights + at, from + at, true);
   }
 
-  MOE_DEVICE static void copy_pixels(const Params& p, const Block& block, int source) {
+  MOE_DEVICE static void copy_pixels(const Params& p, const Block& block, int first, int source) {
     const int chunks = p.channels * static_cast<int>(sizeof(Operand<Arithmetic>)) / 16, pitch = pixel_pitch(p.channels);
-    const int first = block.strip.units[0].first_pixel;
     const char* row = p.x + block.frame * p.frame_bytes + source * p.row_bytes;
+    MOE_KEEP_LOOP
     for (int i = thread_index(); i < kBlockPixels * chunks; i += kMakers) {
       const int pixel = i / chunks, chunk = i % chunks;
       const bool real = first + pixel < p.in_width;
@@ -293,19 +309,33 @@ struct LowResolution {
   MOE_DEVICE static void fill_slots(const Params& p, const Block& block) {
     const int count = kUnits * (kRun + 2) * p.slots * 4;
     auto* table = reinterpret_cast<Slot*>(shared_memory() + (block.slots - block.weights));
+    MOE_KEEP_LOOP
     for (int i = thread_index(); i < count; i += kThreads) {
       const int lane = i % 4, slot = i / 4 % p.slots, pixel = i / 4 / p.slots % (kRun + 2);
       table[i] = slot_of(p, block, i / 4 / p.slots / (kRun + 2), lane, pixel, slot);
     }
   }
 
+  MOE_DEVICE static void fill_facts(const Params& p, const Block& block) {
+    const Columns& columns = p.columns;
+    const int first = block.first_channel, owner = columns.owner(first);
+    const int plane = columns.slot(owner, columns.part(owner, first), 0);
+    const Unit second = unit_of_strip(1, block.first_column, p.in_width, p.width);
+    Facts& facts = *reinterpret_cast<Facts*>(shared_memory() + (block.combined - block.weights) - sizeof(Facts));
+    facts.first_channel = first;
+    facts.used = columns.first(owner) + columns.channels(owner) - first;
+    facts.sums_row = (plane * p.planes.frames + block.frame) * p.planes.rows - p.planes.first_row;
+    facts.last_source = block.last_source, facts.first_pixel = block.first_pixel;
+    facts.shift = second.first_column < second.end_column ? second.first_pixel - block.first_pixel : -1;
+  }
+
   MOE_DEVICE static Slot slot_of(const Params& p, const Block& block, int unit_index, int lane, int run_pixel, int slot) {
     const Slot none = {0.f, 0.f, -1, 0};
-    const Unit unit = block.strip.units[unit_index];
+    const Unit unit = unit_of_strip(unit_index, block.first_column, p.in_width, p.width);
     const int pixel = unit.first_pixel + lane * kRun + run_pixel, last = p.in_width - 1;
     if (pixel > last) return none;
     int upsampled = slot;  // the slot-th that lies at this pixel or right of it
-    if (last > 0) upsampled += static_cast<int>(divide_up(static_cast<int64_t>(pixel) * (p.width - 1), last));
+    if (last > 0) upsampled += (pixel * (p.width - 1) + last - 1) / last;
     if (upsampled > p.width || (upsampled == p.width && pixel < last)) return none;
     Slot found = none;
     if (upsampled < p.width) {
@@ -315,38 +345,77 @@ struct LowResolution {
     }
     const int column = upsampled - 1, left = column > 0 ? column - 1 : 0;  // of the output that is complete now
     const int owner = (source_position(left, p.in_width, p.width).lower - unit.first_pixel) / kRun;
-    if (column >= unit.first_column && column < unit.end_column && owner == lane) {
-      const int local = column - block.strip.units[0].first_column;
-      found.target = combined_offset(local);
-    }
+    if (column >= unit.first_column && column < unit.end_column && owner == lane)
+      found.target = combined_offset(column - block.first_column);
     return found;
   }
 
-  // Rows of 16 channels, their four chunks swizzled; a chunk's number (times 16) joins by exclusive or.
-  MOE_DEVICE static int combined_offset(int column) { return column * 64 | (column >> 1 & 3) << 4; }
+  // Combined rows: [columns][dy][16 channels], of which the four chunks of 16 bytes are swizzled; a chunk's number
+  // (times 16) joins by exclusive or.
+  MOE_DEVICE static int combined_offset(int column) { return column * kColumnBytes | (column >> 1 & 3) << 4; }
+  MOE_DEVICE static uint32_t combined_row(const Params& p, const Block& block, int source) {
+    return block.combined + (source & 1) * p.widest * kColumnBytes;
+  }
 
   using Sums = float[3][kTiles][4];
 
   MOE_DEVICE static void make(const Params& p, const Block& block) {
-    const int dy = warp_index() % 3, unit = warp_index() / 3;
-    const bool idle = block.strip.units[unit].first_column >= block.strip.units[unit].end_column;
-    const int shift = block.strip.units[unit].first_pixel - block.strip.units[0].first_pixel;
-    for (int source = block.first_source; source <= block.last_source; ++source) {
+    MOE_KEEP_LOOP
+    for (int source = block.first_source; source <= facts(block).last_source; ++source) {
+      const int warp = computed_anew(warp_index()), unit = warp / 3, dy = warp % 3;
+      const int shift = unit == 0 ? 0 : facts(block).shift;
       wait_for_copies<0>();
       sync_some(kPixels, kMakers);  // the row of pixels is there
       Sums sums = {};
-      if (!idle) multiply_row(p, block, sums, shift, dy);
+      if (shift >= 0) multiply_row(p, block, sums, shift, dy);
       sync_some(kPixels, kMakers);  // everybody has left it
-      if (source < block.last_source) copy_pixels(p, block, source + 1);
-      if (source > block.first_source) sync_some(kEmpty, kThreads);  // the row before the last one is not read any more
-      if (!idle) combine_along_row(p, block, sums, unit, block.combined_row(source) + dy * block.row_bytes);
+      const Facts now = facts(block);
+      if (source < now.last_source) copy_pixels(p, block, now.first_pixel, source + 1);
+      sync_some(kEmpty, kThreads);  // the row before the last one is not read any more
+      if (shift >= 0) combine_along_row(p, block, sums, unit, combined_row(p, block, source) + dy * 64);
       arrive(kFull, kThreads);
     }
   }
 
   // Lane 4 g + t gets channels 2 g and 2 g + 1 of the pixels t kRun ... t kRun + 7, for three dx.
   MOE_DEVICE static void multiply_row(const Params& p, const Block& block, Sums& sums, int shift, int dy) {
-    const int lane = lane_index(), row = lane % 8, chunk = lane / 8;
+    if constexpr (std::is_same_v<Arithmetic, Ieee>)
+      multiply_scalars(p, block, sums, shift, dy);
+    else
+      multiply_matrices(p, block, sums, shift, dy);
+  }
+
+  // On the vector units, four channels at a time.
+  MOE_DEVICE static void multiply_scalars(const Params& p, const Block& block, Sums& sums, int shift, int dy) {
+    const int lane = lane_index(), first = shift + lane % 4 * kRun;
+    const uint32_t weights = block.weights + dy * 3 * 512 + lane / 4 * 16;
+    MOE_KEEP_LOOP
+    for (int chunk = 0; chunk < p.channels / 4; ++chunk) {
+      const uint32_t fragment = weights + chunk / 2 * kTaps * 512 + chunk % 2 * 256;
+      float x[kRun][4];
+      MOE_UNROLL
+      for (int i = 0; i < kRun; ++i)
+        load_shared(x[i], block.pixels + (first + i) * pixel_pitch(p.channels) + (chunk >> 3 << 7) +
+                              (((chunk & 7) ^ swizzle(first + i)) << 4));
+      MOE_UNROLL
+      for (int dx = 0; dx < 3; ++dx) {
+        MOE_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          float w[4];
+          load_shared(w, fragment + dx * 512 + c * 128);
+          MOE_UNROLL
+          for (int i = 0; i < kRun; ++i) {
+            float& sum = sums[dx][i / 2][2 * c + i % 2];
+            MOE_UNROLL
+            for (int k = 0; k < 4; ++k) sum = fused(x[i][k], w[k], sum);
+          }
+        }
+      }
+    }
+  }
+
+  MOE_DEVICE static void multiply_matrices(const Params& p, const Block& block, Sums& sums, int shift, int dy) {
+    const int lane = computed_anew(lane_index()), row = lane % 8, chunk = lane / 8;
     uint32_t pixel_row[kTiles];
     MOE_UNROLL
     for (int j = 0; j < kTiles; ++j) {
@@ -355,6 +424,7 @@ struct LowResolution {
     }
     uint32_t fragment = block.weights + dy * 3 * 512 + lane * 16;
     const int steps = p.channels / kStep<Arithmetic>;
+    MOE_KEEP_LOOP
     for (int step = 0; step < steps; ++step) {
       uint32_t b[kTiles][4];
       MOE_UNROLL
@@ -377,24 +447,17 @@ struct LowResolution {
   }
 
   MOE_DEVICE static void combine_along_row(const Params& p, const Block& block, const Sums& sums, int unit, uint32_t to) {
-    const int lane = lane_index(), next = lane % 4 < 3 ? lane + 1 : lane;  // the last one needs no neighbour
-    float halo[3][kHalo][2];
-    MOE_UNROLL
-    for (int dx = 0; dx < 3; ++dx) {
-      MOE_UNROLL
-      for (int i = 0; i < kHalo; ++i) {
-        MOE_UNROLL
-        for (int c = 0; c < 2; ++c) halo[dx][i][c] = shuffle(sums[dx][i / 2][2 * c + i % 2], next);
-      }
-    }
-    const auto value = [&](int dx, int i, int c) {
-      return i < kRun ? sums[dx][i / 2 % kTiles][2 * c + i % 2] : halo[dx][i < kRun ? 0 : i - kRun][c];
-    };
-    const int own = (lane / 8 << 4) | (lane / 4 % 2 << 3);  // this lane's channels in a combined row
+    const int lane = computed_anew(lane_index()), next = lane % 4 < 3 ? lane + 1 : lane;  // the last one needs no neighbour
+    const int own = (lane / 8 << 4) | (lane / 4 % 2 << 3);                 // this lane's channels in a combined row
     uint32_t slot = block.slots + (unit * (kRun + 2) * p.slots * 4 + lane % 4) * static_cast<int>(sizeof(Slot));
-    float first[2] = {}, second[2] = {};
+    float first[2] = {}, second[2] = {}, left[3][2], right[3][2];
+    pixel_of_run(sums, 0, next, right);
     MOE_UNROLL
     for (int i = 0; i < kRun + 2; ++i) {
+      MOE_UNROLL
+      for (int dx = 0; dx < 3; ++dx) left[dx][0] = right[dx][0], left[dx][1] = right[dx][1];
+      pixel_of_run(sums, i + 1, next, right);
+      MOE_KEEP_LOOP
       for (int s = 0; s < p.slots; ++s, slot += 4 * sizeof(Slot)) {
         float entry[4];
         load_shared(entry, slot);
@@ -403,16 +466,16 @@ struct LowResolution {
         if (lower > 0.f) {
           MOE_UNROLL
           for (int c = 0; c < 2; ++c) {
-            out[c] = fused(lower, value(2, i, c), first[c]);
-            first[c] = fused(lower, value(1, i, c), second[c]);
-            second[c] = lower * value(0, i, c);
+            out[c] = fused(lower, left[2][c], first[c]);
+            first[c] = fused(lower, left[1][c], second[c]);
+            second[c] = lower * left[0][c];
           }
           if (upper > 0.f) {
             MOE_UNROLL
             for (int c = 0; c < 2; ++c) {
-              out[c] = fused(upper, value(2, i + 1, c), out[c]);
-              first[c] = fused(upper, value(1, i + 1, c), first[c]);
-              second[c] = fused(upper, value(0, i + 1, c), second[c]);
+              out[c] = fused(upper, right[2][c], out[c]);
+              first[c] = fused(upper, right[1][c], first[c]);
+              second[c] = fused(upper, right[0][c], second[c]);
             }
           }
         }
@@ -422,51 +485,73 @@ struct LowResolution {
     }
   }
 
+  // Pixel i of a lane's run; beyond its end those of the next lane's.
+  MOE_DEVICE static void pixel_of_run(const Sums& sums, int i, int next, float (&out)[3][2]) {
+    const int own = i % kRun;
+    MOE_UNROLL
+    for (int dx = 0; dx < 3; ++dx) {
+      MOE_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const float value = sums[dx][own / 2][2 * c + own % 2];
+        out[dx][c] = i < kRun ? value : shuffle(value, next);
+      }
+    }
+  }
+
   // the combiners: each thread has one output column
 
+  struct alignas(16) Four {
+    float v[4];
+  };
   struct Pending {
     float first[kGroup], second[kGroup];
   };
 
   MOE_DEVICE static void combine(const Params& p, const Block& block) {
-    const int local = thread_index() - kMakers, column = block.strip.units[0].first_column + local;
-    const bool real = column < block.strip.units[kUnits - 1].end_column;
-    int next = block.first_row > 0 ? block.first_row - 1 : 0;  // upsampled row
-    const int last = block.end_row < p.height ? block.end_row : p.height - 1;
+    const int last_column = block.end_column - 1 - block.first_column;  // threads beyond it repeat it and store nothing
+    const int local = thread_index() - kMakers < last_column ? thread_index() - kMakers : last_column;
+    const int place = (block.first_column + local) << 7 | local;  // one register for column and place in the strip
+    int next = block.first_row > 0 ? block.first_row - 1 : 0;  // upsampled row; the one at the image's end adds nothing
     Pending pending = {};
-    for (int source = block.first_source; source <= block.last_source; ++source) {
+    arrive(kEmpty, kThreads);
+    MOE_KEEP_LOOP
+    for (int source = block.first_source; source <= facts(block).last_source; ++source) {
       sync_some(kFull, kThreads);
-      for (; next <= last; ++next) {
-        const SourcePosition at = source_position(next, p.in_height, p.height);
-        const bool between = at.upper_weight > 0.f;
-        if (at.lower + (between ? 1 : 0) > source) break;
+      MOE_KEEP_LOOP
+      for (; next <= block.end_row; ++next) {
+        const SourcePosition at = source_position(next < p.height ? next : p.height - 1, p.in_height, p.height);
+        if (at.lower + (at.upper_weight > 0.f ? 1 : 0) > source) break;
         float hidden[kGroup];
-        if (real) {
-          const uint32_t lower = block.combined_row(at.lower), upper = block.combined_row(at.lower + 1);
-          advance(block, pending, hidden, lower, upper, at.upper_weight, local);
-          if (next > block.first_row) finish(p, block, hidden, next - 1, column);
-        }
+        if (next == p.height)
+          memcpy(hidden, pending.first, sizeof hidden);
+        else if (at.upper_weight > 0.f)
+          advance<true>(p, block, pending, hidden, at, computed_anew(place) & 127);
+        else
+          advance<false>(p, block, pending, hidden, at, computed_anew(place) & 127);
+        if (next > block.first_row) finish(p, block, hidden, next - 1, computed_anew(place));
       }
-      if (source < block.last_source) arrive(kEmpty, kThreads);
+      if (source < facts(block).last_source) arrive(kEmpty, kThreads);
     }
-    if (real && block.end_row == p.height) finish(p, block, pending.first, p.height - 1, column);
   }
 
-  // One more upsampled row; `hidden` is the output row above it.
-  MOE_DEVICE static void advance(const Block& block, Pending& pending, float (&hidden)[kGroup], uint32_t lower,
-                                 uint32_t upper, float weight, int local) {
+  // One more upsampled row, between two of x or on one; `hidden` is the output row above it.
+  template <bool kBetween>
+  MOE_DEVICE static void advance(const Params& p, const Block& block, Pending& pending, float (&hidden)[kGroup],
+                                 const SourcePosition& source, int local) {
     const int offset = combined_offset(local);
+    const uint32_t lower = combined_row(p, block, source.lower) + offset;
+    const uint32_t upper = combined_row(p, block, source.lower + 1) + offset;
+    const float weight = source.upper_weight;
     MOE_UNROLL
     for (int chunk = 0; chunk < kGroup / 4; ++chunk) {
-      const uint32_t at = offset ^ chunk << 4;
       float rows[3][4];
       MOE_UNROLL
-      for (int dy = 0; dy < 3; ++dy) load_shared(rows[dy], lower + dy * block.row_bytes + at);
-      if (weight > 0.f) {
+      for (int dy = 0; dy < 3; ++dy) load_shared(rows[dy], (lower ^ chunk << 4) + dy * 64);
+      if constexpr (kBetween) {
         MOE_UNROLL
         for (int dy = 0; dy < 3; ++dy) {
           float above[4];
-          load_shared(above, upper + dy * block.row_bytes + at);
+          load_shared(above, (upper ^ chunk << 4) + dy * 64);
           MOE_UNROLL
           for (int e = 0; e < 4; ++e) rows[dy][e] = fused(weight, above[e], (1.f - weight) * rows[dy][e]);
         }
@@ -478,30 +563,42 @@ struct LowResolution {
         pending.first[c] = pending.second[c] + rows[1][e];
         pending.second[c] = rows[0][e];
       }
+      sync_warp();  // it holds the next loads back, for which registers would not suffice
     }
   }
 
   // The embedding and the biases, ReLU, and this group's part of the second layer.
-  MOE_DEVICE static void finish(const Params& p, const Block& block, float (&hidden)[kGroup], int row, int column) {
-    const Columns& columns = p.columns;
-    const int first = block.group * kGroup, owner = columns.owner(first);
-    if (owner < 0) return;
+  MOE_DEVICE static void finish(const Params& p, const Block& block, float (&hidden)[kGroup], int row, int place) {
+    const int column = place >> 7;
+    const Facts facts = LowResolution::facts(block);
+    const int first = facts.first_channel, total = p.columns.total;
     const int kind_of_row = (row == 0 ? 1 : 0) | (row == p.height - 1 ? 2 : 0);
     const int kind_of_column = (column == 0 ? 1 : 0) | (column == p.width - 1 ? 2 : 0);
-    const float* of_column =
-        p.column_parts + (static_cast<int64_t>(kind_of_row) * p.width + column) * columns.total + first;
-    const float* of_row = p.row_parts + (static_cast<int64_t>(kind_of_column) * p.height + row) * columns.total + first;
-    const int used = columns.first(owner) + columns.channels(owner) - first;
+    const float* of_column = p.column_parts + (static_cast<int64_t>(kind_of_row) * p.width + column) * total + first;
+    const float* of_row = p.row_parts + (static_cast<int64_t>(kind_of_column) * p.height + row) * total + first;
     MOE_UNROLL
-    for (int c = 0; c < kGroup; ++c) hidden[c] = c < used ? relu(hidden[c] + (of_column[c] + of_row[c])) : 0.f;
-    const int part = columns.part(owner, first), outputs = columns.outputs_of(owner);
-    const int64_t pixel = p.planes.pixel(block.frame, row - p.planes.first_row, column);
-    for (int output = 0; output < outputs; ++output) {
-      const float* weights = p.second + static_cast<int64_t>(output) * columns.total + first;
+    for (int chunk = 0; chunk < kGroup; chunk += 4) {
+      const Four a = *reinterpret_cast<const Four*>(of_column + chunk), b = *reinterpret_cast<const Four*>(of_row + chunk);
+      MOE_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        float& value = hidden[chunk + e];
+        value = chunk + e < facts.used ? relu(value + (a.v[e] + b.v[e])) : 0.f;
+      }
+      sync_warp();
+    }
+    const float* weights = p.second + first;
+    float* to = p.sums + static_cast<int64_t>(facts.sums_row + row) * p.planes.pitch + column;
+    const int outputs = first < p.columns.gate_first ? p.columns.outputs : p.columns.experts;
+    MOE_KEEP_LOOP
+    for (int output = 0; output < outputs; ++output, weights += total, to += p.planes.size()) {
       float sum = 0.f;
       MOE_UNROLL
-      for (int c = 0; c < kGroup; ++c) sum = fused(hidden[c], weights[c], sum);
-      p.sums[columns.slot(owner, part, output) * p.planes.size() + pixel] = sum;
+      for (int chunk = 0; chunk < kGroup; chunk += 4) {
+        const Four w = *reinterpret_cast<const Four*>(weights + chunk);
+        MOE_UNROLL
+        for (int e = 0; e < 4; ++e) sum = fused(hidden[chunk + e], w.v[e], sum);
+      }
+      if (thread_index() - kMakers == (place & 127)) *to = sum;
     }
   }
 };

@@ -166,27 +166,27 @@ class ForwardPass {
 };
 
 // Whether the forward pass takes the low-resolution formulation. It can where nothing is made smaller (every pixel of x
-// then has a place among the upsampled columns, and rows are read one after another), all experts are wanted, the
-// products are the tensor cores' (the vector units combine rows meanwhile), and its tables fit: no rarer than one of
-// x's pixels in kMostSlots columns. It pays where the products it saves take longer than what it adds: by count
-// (bench/NOTES-native.md) 6,000 multiply-adds a channel and a million more, as the direct kernel makes them, for a row
-// of a strip and 16 hidden channels.
+// then has a place among the upsampled columns, and rows are read one after another), all experts are wanted, and its
+// shared memory suffices, part of which grows with the number of columns between two of x's pixels. It pays where the
+// products that it saves take longer than what it adds. In multiply-adds of the direct kernel a row of a strip takes,
+// by count (bench/NOTES-native.md), for each group of hidden channels 6,000 a channel of x on the tensor cores
+// and a million more; on the vector units 12,000 and 150,000.
 template <class Arithmetic>
 bool uses_low_resolution(const Problem& p, const Device& device) {
-  if constexpr (std::is_same_v<Arithmetic, Ieee>) return false;
-  const bool enlarges = p.in_height <= p.height && p.in_width <= p.width && p.batch > 0 && p.in_height * p.in_width > 0;
+  const bool enlarges = p.in_height <= p.height && p.in_width <= p.width && p.in_height * p.in_width > 0;
   if (!enlarges || (p.skip_below > 0 && p.experts > 1) || p.formulation == Formulation::direct) return false;
-  constexpr int64_t kMostSlots = 16;
   const int64_t slots = slots_per_pixel(p.in_width, p.width);
   const Strips strips(static_cast<int>(p.in_width), static_cast<int>(p.width));
   const int64_t channels = round_up(p.channels, kStep<Arithmetic>), groups = group_columns(p).total / kGroup;
-  if (slots > kMostSlots || strips.count * groups > INT32_MAX) return false;
-  if (LowResolution<Arithmetic>::shared_bytes(channels, slots, strips.widest) > device.block_shared_bytes) return false;
+  const int64_t shared = LowResolution<Arithmetic>::shared_bytes(channels, slots, strips.widest);
+  if (shared > device.block_shared_bytes || strips.count * groups > INT32_MAX) return false;
   if (p.formulation == Formulation::low_resolution) return true;
+  constexpr bool kVector = std::is_same_v<Arithmetic, Ieee>;
+  constexpr double kByChannel = kVector ? 12e3 : 6e3, kOthers = kVector ? 150e3 : 2e6 / sizeof(Operand<Arithmetic>);
   const auto wide = static_cast<double>(channels);
-  const double low = static_cast<double>(strips.count * groups * p.in_height) * (6e3 * wide + 2e6 / sizeof(Operand<Arithmetic>));
-  const auto tiles = static_cast<double>(divide_up(p.height, kTile) * divide_up(p.width, kTile));
-  return low < tiles * kTile * kTile * plan_columns(p, false).columns.total * kTaps * wide;
+  const double low = static_cast<double>(strips.count * groups * p.in_height) * (kByChannel * wide + kOthers);
+  const double pixels = static_cast<double>(round_up(p.height, kTile)) * static_cast<double>(round_up(p.width, kTile));
+  return low < pixels * plan_columns(p, false).columns.total * kTaps * wide;
 }
 
 // Forward by the low-resolution formulation: a band is some frames, or some rows of a frame.
@@ -241,8 +241,10 @@ class LowResolutionPass {
  private:
   // Whether the kernel can read x itself.
   bool reads_operands() const {
-    const Element element = std::is_same_v<Arithmetic, Bf16> ? Element::bfloat16 : Element::float16;
-    return sizeof(Type) == 2 && p_.x_element == element && reads_chunks(p_) && p_.channels == channels_;
+    const Element element = std::is_same_v<Arithmetic, Bf16>   ? Element::bfloat16
+                            : std::is_same_v<Arithmetic, Half> ? Element::float16
+                                                               : Element::float32;
+    return !std::is_same_v<Arithmetic, Tf32> && p_.x_element == element && reads_chunks(p_) && p_.channels == channels_;
   }
   Band source(int frame, int frames) const {
     return {frame, frames, 0, static_cast<int>(p_.in_height), static_cast<int>(p_.in_width) + 2, channels_};
@@ -457,19 +459,15 @@ struct Passes {
 template <class Arithmetic>
 int64_t forward_bytes(const Problem& p) {
   const int64_t direct = ForwardPass<Arithmetic>(p, nullptr).bytes();
-  if constexpr (!std::is_same_v<Arithmetic, Ieee>)
-    if (uses_low_resolution<Arithmetic>(p, kLargestDevice))
-      return std::max(direct, LowResolutionPass<Arithmetic>(p, nullptr).bytes());
-  return direct;
+  if (!uses_low_resolution<Arithmetic>(p, kLargestDevice)) return direct;
+  return std::max(direct, LowResolutionPass<Arithmetic>(p, nullptr).bytes());
 }
 
 template <class Arithmetic>
 Status run_forward(const Problem& p, const Outputs& outputs, const Execution& e) {
-  if constexpr (!std::is_same_v<Arithmetic, Ieee>) {
-    const Device device = current_device();
-    if (uses_low_resolution<Arithmetic>(p, device))
-      return LowResolutionPass<Arithmetic>(p, e.workspace).run(outputs, device, e.stream);
-  }
+  const Device device = current_device();
+  if (uses_low_resolution<Arithmetic>(p, device))
+    return LowResolutionPass<Arithmetic>(p, e.workspace).run(outputs, device, e.stream);
   return ForwardPass<Arithmetic>(p, e.workspace).run(outputs, e.stream);
 }
 

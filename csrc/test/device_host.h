@@ -350,6 +350,7 @@ auto rounded(float value) {
   else return to_tf32(value);
 }
 
+inline int computed_anew(int value) { return value; }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 
 // The two numbers of a register, in the order of k; one for tf32.
