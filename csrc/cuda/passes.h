@@ -170,7 +170,7 @@ class ForwardPass {
 // shared memory suffices, part of which grows with the number of columns between two of x's pixels. It pays where the
 // products that it saves take longer than what it adds. In multiply-adds of the direct kernel a row of a strip takes,
 // by count (bench/NOTES-native.md), for each group of hidden channels 6,000 a channel of x on the tensor cores
-// and a million more; on the vector units 12,000 and 150,000.
+// and 1.4 million more (0.7 in tf32, where they take twice the time); on the vector units 12,000 and 150,000.
 template <class Arithmetic>
 bool uses_low_resolution(const Problem& p, const Device& device) {
   const bool enlarges = p.in_height <= p.height && p.in_width <= p.width && p.in_height * p.in_width > 0;
@@ -182,7 +182,7 @@ bool uses_low_resolution(const Problem& p, const Device& device) {
   if (shared > device.block_shared_bytes || strips.count * groups > INT32_MAX) return false;
   if (p.formulation == Formulation::low_resolution) return true;
   constexpr bool kVector = std::is_same_v<Arithmetic, Ieee>;
-  constexpr double kByChannel = kVector ? 12e3 : 6e3, kOthers = kVector ? 150e3 : 2e6 / sizeof(Operand<Arithmetic>);
+  constexpr double kByChannel = kVector ? 12e3 : 6e3, kOthers = kVector ? 150e3 : 2.8e6 / sizeof(Operand<Arithmetic>);
   const auto wide = static_cast<double>(channels);
   const double low = static_cast<double>(strips.count * groups * p.in_height) * (kByChannel * wide + kOthers);
   const double pixels = static_cast<double>(round_up(p.height, kTile)) * static_cast<double>(round_up(p.width, kTile));

@@ -41,9 +41,7 @@ class CUDABackend(Backend):
             return native.reason
         if not hasattr(native.module, "cuda_forward"):
             return f"its CUDA part is not installed ({_build.record()['cuda'] or 'moe3d was built without it'})"
-        if formulation() not in FORMULATIONS:
-            return f"{FORMULATION_VARIABLE}={formulation()!r}, expected one of {', '.join(FORMULATIONS)}"
-        return gpu.unavailable()
+        return _unknown_formulation() or gpu.unavailable()
 
     def unsupported(self, tensors: HeadTensors, options: HeadOptions) -> str | None:
         return self._unsupported_device(tensors.x.device) or _unsupported_call(tensors, options)
@@ -94,8 +92,7 @@ class _CUDACall(Call):
     @property
     def formulation(self) -> str:
         """What a forward pass takes on a GPU whose blocks may have the most shared memory."""
-        code = self.module.cuda_formulation(self.problem, self._arithmetic)
-        return next(name for name, known in FORMULATIONS.items() if known == code)
+        return _name_of(self.module.cuda_formulation(self.problem, self._arithmetic))
 
     def run(self, function: str, *structs) -> None:
         size = getattr(self.module, f"{function}_workspace")(self.problem, self._arithmetic)
@@ -114,6 +111,30 @@ class _CUDACall(Call):
 def formulation() -> str:
     """The formulation asked for."""
     return os.environ.get(FORMULATION_VARIABLE) or "auto"
+
+
+def chosen_formulation(
+    source: tuple[int, int], size: tuple[int, int], channels: int, hidden: tuple[int, int, int], precision: str
+) -> str:
+    """What a forward pass takes, for features of ``source`` size and K experts of Hd and a gate of Hg ``hidden``."""
+    module: Any = _build.native().module
+    if not hasattr(module, "cuda_formulation"):
+        return "direct"
+    p = module.Problem()
+    (p.in_height, p.in_width), (p.height, p.width) = source, size
+    p.channels, p.outputs, (p.experts, p.expert_hidden, p.gate_hidden) = channels, 2, hidden
+    p.formulation = FORMULATIONS[formulation()]
+    return _name_of(module.cuda_formulation(p, ARITHMETIC.index(precision)))
+
+
+def _name_of(code: int) -> str:
+    return next(name for name, known in FORMULATIONS.items() if known == code)
+
+
+def _unknown_formulation() -> str | None:
+    if formulation() in FORMULATIONS:
+        return None
+    return f"{FORMULATION_VARIABLE}={formulation()!r}, expected one of {', '.join(FORMULATIONS)}"
 
 
 def _arithmetic(x: torch.dtype, precision: str) -> str:
