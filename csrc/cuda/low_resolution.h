@@ -20,7 +20,7 @@ namespace moe::cuda {
 
 constexpr int kUnitPixels = 32;    // of a row of x, in the accumulators of a warp
 constexpr int kUnitColumns = 64;   // output columns of a unit, at most
-constexpr int kUnits = 2;          // side by side in a block
+constexpr int kUnits = 2;          // side by side in a block: the first one and, in Facts, the second one
 
 // Units share out the columns of the output: each has as many as need no more than its pixels, beginning with those that
 // the column left of its first one reads. Upsampling only (or no resampling), so that a pixel has at least one column.
@@ -232,6 +232,7 @@ struct LowResolution {
     int last_source;          // of Block
     int first_pixel, unused[2];
   };
+
   struct Block {
     int first_column, end_column;    // of the output
     int first_pixel;                 // of x
@@ -288,7 +289,8 @@ struct LowResolution {
 
   MOE_DEVICE static void copy_weights(const Params& p, const Block& block) {
     const int bytes = kGroup * kTaps * p.channels * static_cast<int>(sizeof(Operand<Arithmetic>));
-    const char* from = reinterpret_cast<const char*>(p.weights) + static_cast<int64_t>(block.first_channel / kGroup) * bytes;
+    const int64_t group = block.first_channel / kGroup;
+    const char* from = reinterpret_cast<const char*>(p.weights) + group * bytes;
     MOE_KEEP_LOOP
     for (int at = thread_index() * 16; at < bytes; at += kMakers * 16) copy_async(block.weights + at, from + at, true);
   }
@@ -329,7 +331,8 @@ struct LowResolution {
     facts.shift = second.first_column < second.end_column ? second.first_pixel - block.first_pixel : -1;
   }
 
-  MOE_DEVICE static Slot slot_of(const Params& p, const Block& block, int unit_index, int lane, int run_pixel, int slot) {
+  MOE_DEVICE static Slot slot_of(const Params& p, const Block& block, int unit_index, int lane, int run_pixel,
+                                 int slot) {
     const Slot none = {0.f, 0.f, -1, 0};
     const Unit unit = unit_of_strip(unit_index, block.first_column, p.in_width, p.width);
     const int pixel = unit.first_pixel + lane * kRun + run_pixel, last = p.in_width - 1;
@@ -446,9 +449,11 @@ struct LowResolution {
     }
   }
 
-  MOE_DEVICE static void combine_along_row(const Params& p, const Block& block, const Sums& sums, int unit, uint32_t to) {
-    const int lane = computed_anew(lane_index()), next = lane % 4 < 3 ? lane + 1 : lane;  // the last one needs no neighbour
-    const int own = (lane / 8 << 4) | (lane / 4 % 2 << 3);                 // this lane's channels in a combined row
+  MOE_DEVICE static void combine_along_row(const Params& p, const Block& block, const Sums& sums, int unit,
+                                           uint32_t to) {
+    const int lane = computed_anew(lane_index());
+    const int next = lane % 4 < 3 ? lane + 1 : lane;        // the last one needs no neighbour
+    const int own = (lane / 8 << 4) | (lane / 4 % 2 << 3);  // this lane's channels in a combined row
     uint32_t slot = block.slots + (unit * (kRun + 2) * p.slots * 4 + lane % 4) * static_cast<int>(sizeof(Slot));
     float first[2] = {}, second[2] = {}, left[3][2], right[3][2];
     pixel_of_run(sums, 0, next, right);
@@ -578,7 +583,8 @@ struct LowResolution {
     const float* of_row = p.row_parts + (static_cast<int64_t>(kind_of_column) * p.height + row) * total + first;
     MOE_UNROLL
     for (int chunk = 0; chunk < kGroup; chunk += 4) {
-      const Four a = *reinterpret_cast<const Four*>(of_column + chunk), b = *reinterpret_cast<const Four*>(of_row + chunk);
+      const Four a = *reinterpret_cast<const Four*>(of_column + chunk);
+      const Four b = *reinterpret_cast<const Four*>(of_row + chunk);
       MOE_UNROLL
       for (int e = 0; e < 4; ++e) {
         float& value = hidden[chunk + e];
