@@ -210,7 +210,8 @@ class LowResolutionPass {
     column_parts_ = arena.take<float>(4 * p.width * columns_.total);
     row_parts_ = arena.take<float>(4 * p.height * columns_.total);
     const int64_t row_bytes = pitch_ * columns_.slots() * static_cast<int64_t>(sizeof(float));
-    const int64_t source_bytes = reads_operands() ? 0 : source(0, 1).pixels() * channels_ * static_cast<int64_t>(sizeof(Type));
+    const int64_t pixel_bytes = channels_ * static_cast<int64_t>(sizeof(Type));
+    const int64_t source_bytes = reads_operands() ? 0 : source(0, 1).pixels() * pixel_bytes;
     frames_ = static_cast<int>(std::clamp<int64_t>(BandBytes::forward / (row_bytes * p.height + source_bytes), 1,
                                                    std::min<int64_t>(p.batch, 65535)));
     rows_ = static_cast<int>(p.height);
@@ -299,7 +300,8 @@ class LowResolutionPass {
     double least = INFINITY;
     for (int bands = 1; bands <= rows && bands <= 64; ++bands) {
       const int each = static_cast<int>(divide_up(rows, bands));
-      const double time = static_cast<double>(divide_up(blocks * divide_up(rows, each), resident)) * (each * ratio + kOverlap);
+      const auto rounds = static_cast<double>(divide_up(blocks * divide_up(rows, each), resident));
+      const double time = rounds * (each * ratio + kOverlap);
       if (time < least) least = time, best = each;
     }
     return best;
