@@ -197,6 +197,9 @@ void bind_cuda(py::module_& m) {
   cls.def_readwrite("workspace_bytes", &cuda::Execution::workspace_bytes);
   def_address(cls, "stream", &cuda::Execution::stream);
   def_address(cls, "workspace", &cuda::Execution::workspace);
+  m.def("cuda_formulation", [](const OwnedProblem& p, int arithmetic) {
+    return static_cast<int>(cuda::formulation(p, static_cast<cuda::Arithmetic>(arithmetic)));
+  });
   const auto def_workspace = [&](const char* name, int64_t (*bytes)(const Problem&, cuda::Arithmetic)) {
     m.def(name, [bytes](const OwnedProblem& p, int arithmetic) {
       return bytes(p, static_cast<cuda::Arithmetic>(arithmetic));

@@ -22,8 +22,9 @@ enum class Element : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 // In the order of moe3d.ops.activations.ACTIVATIONS and CONF_ACTIVATIONS, and of moe3d.ops.mixture.MODES.
 enum class Activation : int32_t { exp = 0, relu, sigmoid, linear, inv_log, xy_inv_log, norm, norm_exp };
 enum class ConfActivation : int32_t { none = -1, expp1 = 0, expp0, sigmoid };
-// How the forward pass makes hidden activations: see cpu/hidden.h and cpu/tiles.h. Automatic: by counting operations.
-enum class Formulation : int32_t { automatic = 0, low_resolution, winograd };
+// How the forward pass makes hidden activations: see cpu/hidden.h, cpu/tiles.h, cuda/low_resolution.h and
+// cuda/convolution.h. Automatic: by counting operations.
+enum class Formulation : int32_t { automatic = 0, low_resolution, winograd /* CPU */, direct /* CUDA */ };
 enum class Mode : int32_t { mean = 0, argmax, switch_ };
 
 struct Problem {
@@ -48,7 +49,7 @@ struct Problem {
   float gap;
   float skip_below;
   bool bf16;      // multiply in bfloat16, accumulate in float32
-  Formulation formulation;  // of the forward pass; where Winograd's cannot run, it takes the other one
+  Formulation formulation;  // of the forward pass; where it cannot run, another one does
   const char* isa;  // "auto", or one of those that moe::cpu::isa_names() lists
   int32_t threads;
 
@@ -100,6 +101,8 @@ struct Execution {
   int64_t workspace_bytes;
 };
 
+// What forward() takes on a GPU with the most shared memory: not automatic.
+Formulation formulation(const Problem& problem, Arithmetic arithmetic);
 int64_t forward_workspace(const Problem& problem, Arithmetic arithmetic);
 Status forward(const Problem& problem, const Outputs& outputs, const Execution& execution);
 

@@ -26,10 +26,6 @@ def pytest_configure(config):
         # Started in the background; what tests start would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(RealVggtSkips(), "real-vggt-skips")
-    if os.environ.get("MOE3D_EMULATE_CUDA") == "1":  # set by `make test-emulated`
-        from support import emulator
-
-        emulator.install()
 
 
 class RealVggtSkips:
@@ -66,6 +62,12 @@ def _why_no_real_vggt() -> str | None:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("real_vggt") is not None and _why_no_real_vggt():
         pytest.skip(_why_no_real_vggt())
+
+
+if os.environ.get("MOE3D_EMULATE_CUDA") == "1":  # set by `make test-emulated`; before runners() looks around
+    from support import emulator
+
+    emulator.install()
 
 
 @pytest.fixture(params=runners(), ids=str)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,9 +224,44 @@ def _race(context: Context, suite: str, case, names: list[str]) -> dict:
 
 
 def _tune(context: Context) -> list[Item]:
-    return context.for_each_backend(
-        lambda backend: [Item(backend, functools.partial(_tune_one, context.device, backend))]
-    )
+    def items(backend: str) -> list[Item]:
+        if backend != "cuda":
+            return [Item(backend, functools.partial(_tune_one, context.device, backend))]
+        return _cuda_formulations(context.device)
+
+    return context.for_each_backend(items)
+
+
+def _cuda_formulations(device: str) -> list[Item]:
+    """Its two formulations, each at VGGT's size in every precision; which one "auto" takes is counted so far."""
+    from moe3d.benchmark.case import PRECISIONS, Case
+
+    cases = [Case(f, precision=p, device=device) for p in PRECISIONS for f in (8, 1)]
+    return [
+        Item(f"cuda {formulation} {case.label}", functools.partial(_forced, formulation, case))
+        for case in cases
+        for formulation in ("low-resolution", "direct")
+    ]
+
+
+def _forced(formulation: str, case) -> dict:
+    """The ``cuda`` backend's errors, and its times beside plain PyTorch's, with this formulation."""
+    from bench.gpu.calls import accuracy
+    from moe3d.benchmark.peers import CONCATENATED
+    from moe3d.benchmark.race import Effort
+    from moe3d.benchmark.statistics import quantiles
+    from moe3d.benchmark.suites import RACES
+    from moe3d.ops.native_cuda import FORMULATION_VARIABLE
+
+    os.environ[FORMULATION_VARIABLE] = formulation
+    try:
+        errors = accuracy(case, "cuda")
+        effort = Effort(seconds=3, least_rounds=20, most_rounds=100)
+        outcomes = RACES["tail"].run(case, effort, [CONCATENATED, "cuda"])
+    finally:
+        del os.environ[FORMULATION_VARIABLE]
+    times = {name: 1e3 * quantiles(outcome.times).p50 for name, outcome in outcomes.items() if outcome.times}
+    return {"errors": errors, "times_ms": times}
 
 
 def _tune_one(device: str, backend: str) -> dict:

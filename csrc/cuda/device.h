@@ -23,10 +23,12 @@
 #define MOE_DEVICE __device__ __forceinline__
 #define MOE_BOTH __host__ __device__ __forceinline__
 #define MOE_UNROLL _Pragma("unroll")
+#define MOE_KEEP_LOOP _Pragma("unroll 1")
 #else
 #define MOE_DEVICE inline
 #define MOE_BOTH inline
 #define MOE_UNROLL
+#define MOE_KEEP_LOOP
 #endif
 
 namespace moe::cuda {
@@ -53,6 +55,12 @@ struct Index3 {
   int x, y, z;
 };
 
+struct Device {
+  int processors;
+  int64_t shared_bytes, block_shared_bytes;  // of a processor, and what one block may have of them
+};
+constexpr Device kLargestDevice = {132, 228 << 10, 227 << 10};  // sm_90
+
 // The primitives, in both versions (`Type` is Bf16, Half or Tf32):
 //
 //   int thread_index(), lane_index(), warp_index();  Index3 block_index();
@@ -62,6 +70,7 @@ struct Index3 {
 //   void load_matrices(uint32_t (&r)[4], uint32_t row);          ldmatrix.x4: lane l names row l % 8 of matrix l / 8
 //   void load_matrices_transposed(uint32_t (&r)[4], uint32_t row);
 //   void load_shared(float (&v)[4], uint32_t from);              16 bytes
+//   void store_shared(uint32_t to, float, float);                8 bytes
 //   void commit_copies();  template <int kPending> void wait_for_copies();
 //   void sync_block();  void sync_warp();
 //   void sync_some(int barrier, int threads);    named barrier 1..15: wait for `threads` to have come
@@ -72,6 +81,9 @@ struct Index3 {
 //   float to_float(Bf16 | Half);  float as_float(uint32_t);  uint32_t as_bits(float);
 //   Bf16, Half or float (a tf32 in its bits) rounded<Type>(float);   to the nearest
 //   float fused(float a, float b, float c);              a * b + c, rounded once
+//   int computed_anew(int);    its argument; the compiler keeps in no register across a loop what follows from it
+// and on the host:
+//   Device current_device();
 struct Tf32 {
   float value;
 };

@@ -36,6 +36,9 @@ MOE_DEVICE void load_shared(float (&v)[4], uint32_t from) {
                : "r"(from)
                : "memory");
 }
+MOE_DEVICE void store_shared(uint32_t to, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(first), "f"(second) : "memory");
+}
 MOE_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 MOE_DEVICE void wait_for_copies() {
@@ -103,6 +106,10 @@ MOE_DEVICE auto rounded(float value) {
   }
 }
 
+MOE_DEVICE int computed_anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 MOE_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 inline Status cuda_status(cudaError_t error) {
@@ -110,8 +117,22 @@ inline Status cuda_status(cudaError_t error) {
                               : static_cast<Status>(static_cast<int32_t>(Status::cuda_error) + error);
 }
 
+inline Device current_device() {
+  int device = 0, processors = 0, shared = 0, block_shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  cudaDeviceGetAttribute(&block_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {processors, shared, block_shared};
+}
+
+template <class Kernel, class = void>
+constexpr int kBlocksOfProcessor = 1;  // or Kernel::kBlocks, for which registers must suffice
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) entry(const __grid_constant__ typename Kernel::Params params) {
+constexpr int kBlocksOfProcessor<Kernel, std::void_t<decltype(Kernel::kBlocks)>> = Kernel::kBlocks;
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, kBlocksOfProcessor<Kernel>) entry(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
 }
 

@@ -117,6 +117,16 @@ struct Upsample {
   }
 };
 
+// The 3x3 weight from a channel to a column; 0 in the padding.
+MOE_DEVICE float first_weight(const Problem& p, const Columns& layout, int column, int channel, int tap) {
+  const int owner = layout.owner(column);
+  if (owner < 0 || channel >= p.channels) return 0.f;
+  const int local = column - layout.first(owner);
+  const bool gate = owner == layout.experts;
+  const int64_t row = gate ? local : static_cast<int64_t>(owner) * layout.hidden + local;
+  return (gate ? p.gate_w1 : p.expert_w1)[(row * p.channels + channel) * kTaps + tap];
+}
+
 // The 3x3 weights as the convolution reads them, [blocks of channels][taps][columns][channels of a block]; forward, or
 // with taps flipped and channels exchanged for its adjoint. A thread makes one operand.
 template <class Arithmetic>
@@ -140,18 +150,9 @@ struct PackWeights {
     if (index >= p.columns * p.channels * kTaps) return;
     const int column = row % p.columns, tap = row / p.columns % kTaps;
     const int channel = row / p.columns / kTaps * kStep<Arithmetic> + index % kStep<Arithmetic>;
-    const float value = p.adjoint ? weight(p, channel, column, kTaps - 1 - tap) : weight(p, column, channel, tap);
+    const float value = p.adjoint ? first_weight(p.problem, p.layout, channel, column, kTaps - 1 - tap)
+                                  : first_weight(p.problem, p.layout, column, channel, tap);
     p.packed[index] = to_operand<Arithmetic>(value);
-  }
-
- private:
-  MOE_DEVICE static float weight(const Params& p, int hidden, int channel, int tap) {
-    const int owner = p.layout.owner(hidden);
-    if (owner < 0 || channel >= p.problem.channels) return 0.f;
-    const int local = hidden - p.layout.first(owner);
-    const bool gate = owner == p.layout.experts;
-    const int64_t row = gate ? local : static_cast<int64_t>(owner) * p.layout.hidden + local;
-    return (gate ? p.problem.gate_w1 : p.problem.expert_w1)[(row * p.problem.channels + channel) * kTaps + tap];
   }
 };
 

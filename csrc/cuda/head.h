@@ -17,6 +17,8 @@ MOE_COMMON_KERNELS()
   }                                                               \
   return {}
 
+Formulation formulation(const Problem& problem, Arithmetic arithmetic) { MOE_WITH(arithmetic, formulation(problem)); }
+
 int64_t forward_workspace(const Problem& problem, Arithmetic arithmetic) {
   MOE_WITH(arithmetic, forward_bytes(problem));
 }

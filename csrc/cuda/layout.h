@@ -135,6 +135,20 @@ inline ColumnPlan plan_columns(const Problem& p, bool skipping) {
   return plan;
 }
 
+// Columns for the low-resolution kernel, whose blocks take a group of 16, of one owner.
+constexpr int kGroup = 16;
+inline Columns group_columns(const Problem& p) {
+  Columns c;
+  c.experts = static_cast<int>(p.experts), c.outputs = static_cast<int>(p.outputs);
+  c.hidden = static_cast<int>(p.expert_hidden), c.gate_hidden = static_cast<int>(p.gate_hidden);
+  c.expert_stride = static_cast<int>(round_up(c.hidden, kGroup));
+  c.gate_first = c.experts * c.expert_stride;
+  c.total = c.gate_first + static_cast<int>(round_up(c.gate_hidden, kGroup));
+  c.warp_shift = c.gate_warp_shift = 4;
+  c.count_parts();
+  return c;
+}
+
 // Rows of pixels with `channels` numbers each, of one or more frames: row 0 is the image's row `first_row`, column 0
 // the one left of the image. The border, and everything outside the image, is zero: the convolution's padding.
 struct Band {

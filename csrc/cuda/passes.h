@@ -4,6 +4,7 @@
 #include "epilogues.h"
 #include "features.h"
 #include "gradients.h"
+#include "low_resolution.h"
 #include "mixture.h"
 
 namespace moe::cuda {
@@ -26,6 +27,7 @@ Status launch(const typename Kernel::Params& params, void* stream) {
 
 // Kernels that no arithmetic enters are compiled once, with head.h.
 #define MOE_COMMON_KERNELS(prefix)                                                       \
+  prefix template Status launch<PositionParts>(const PositionParts::Params&, void*);     \
   prefix template Status launch<PackColumns>(const PackColumns::Params&, void*);         \
   prefix template Status launch<Downsample>(const Downsample::Params&, void*);           \
   prefix template Status launch<Mix>(const Mix::Params&, void*);                         \
@@ -163,6 +165,158 @@ class ForwardPass {
   uint8_t* reached_ = nullptr;
 };
 
+// Whether the forward pass takes the low-resolution formulation. It can where nothing is made smaller (every pixel of x
+// then has a place among the upsampled columns, and rows are read one after another), all experts are wanted, and its
+// shared memory suffices, part of which grows with the number of columns between two of x's pixels. It pays where the
+// products that it saves take longer than what it adds. In multiply-adds of the direct kernel a row of a strip takes,
+// by count (bench/NOTES-native.md), for each group of hidden channels 6,000 a channel of x on the tensor cores
+// and 1.4 million more (0.7 in tf32, where they take twice the time); on the vector units 12,000 and 150,000.
+template <class Arithmetic>
+bool uses_low_resolution(const Problem& p, const Device& device) {
+  const bool enlarges = p.in_height <= p.height && p.in_width <= p.width && p.in_height * p.in_width > 0;
+  if (!enlarges || (p.skip_below > 0 && p.experts > 1) || p.formulation == Formulation::direct) return false;
+  const int64_t slots = slots_per_pixel(p.in_width, p.width);
+  const Strips strips(static_cast<int>(p.in_width), static_cast<int>(p.width));
+  const int64_t channels = round_up(p.channels, kStep<Arithmetic>), groups = group_columns(p).total / kGroup;
+  const int64_t shared = LowResolution<Arithmetic>::shared_bytes(channels, slots, strips.widest);
+  if (shared > device.block_shared_bytes || strips.count * groups > INT32_MAX) return false;
+  if (p.formulation == Formulation::low_resolution) return true;
+  constexpr bool kVector = std::is_same_v<Arithmetic, Ieee>;
+  constexpr double kByChannel = kVector ? 12e3 : 6e3, kOthers = kVector ? 150e3 : 2.8e6 / sizeof(Operand<Arithmetic>);
+  const auto wide = static_cast<double>(channels);
+  const double low = static_cast<double>(strips.count * groups * p.in_height) * (kByChannel * wide + kOthers);
+  const double pixels = static_cast<double>(round_up(p.height, kTile)) * static_cast<double>(round_up(p.width, kTile));
+  return low < pixels * plan_columns(p, false).columns.total * kTaps * wide;
+}
+
+// Forward by the low-resolution formulation: a band is some frames, or some rows of a frame.
+template <class Arithmetic>
+class LowResolutionPass {
+ public:
+  using Kernel = LowResolution<Arithmetic>;
+  using Type = Operand<Arithmetic>;
+
+  LowResolutionPass(const Problem& p, void* workspace)
+      : p_(p),
+        columns_(group_columns(p)),
+        strips_(static_cast<int>(p.in_width), static_cast<int>(p.width)),
+        slots_(slots_per_pixel(p.in_width, p.width)),
+        channels_(static_cast<int>(round_up(p.channels, kStep<Arithmetic>))),
+        pitch_(static_cast<int>(round_up(p.width, kWarp))) {
+    Arena arena(workspace);
+    weights_ = arena.take<Type>(static_cast<int64_t>(columns_.total) * channels_ * kTaps);
+    bias_ = arena.take<float>(columns_.total);
+    second_ = arena.take<float>(static_cast<int64_t>(columns_.most_outputs()) * columns_.total);
+    column_parts_ = arena.take<float>(4 * p.width * columns_.total);
+    row_parts_ = arena.take<float>(4 * p.height * columns_.total);
+    const int64_t row_bytes = pitch_ * columns_.slots() * static_cast<int64_t>(sizeof(float));
+    const int64_t pixel_bytes = channels_ * static_cast<int64_t>(sizeof(Type));
+    const int64_t source_bytes = reads_operands() ? 0 : source(0, 1).pixels() * pixel_bytes;
+    frames_ = static_cast<int>(std::clamp<int64_t>(BandBytes::forward / (row_bytes * p.height + source_bytes), 1,
+                                                   std::min<int64_t>(p.batch, 65535)));
+    rows_ = static_cast<int>(p.height);
+    if (frames_ == 1) {  // a frame that is read needs what it needs
+      const int64_t most = std::clamp<int64_t>(BandBytes::forward / row_bytes, 1, p.height);
+      rows_ = static_cast<int>(divide_up(p.height, divide_up(p.height, most)));
+    }
+    if (!reads_operands()) source_ = arena.take<Type>(source(0, frames_).pixels() * channels_);
+    sums_ = arena.take<float>(Planes{0, frames_, 0, rows_, pitch_}.size() * columns_.slots());
+    bytes_ = arena.used();
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+  Status run(const Outputs& outputs, const Device& device, void* stream) const {
+    MOE_TRY(launch<PackFragments<Arithmetic>>({p_, columns_, channels_, weights_}, stream));
+    MOE_TRY(launch<PackColumns>({p_, columns_, bias_, second_}, stream));
+    MOE_TRY(launch<PositionParts>({p_, columns_, column_parts_, row_parts_}, stream));
+    for (int frame = 0; frame < p_.batch; frame += frames_) {
+      const int frames = static_cast<int>(std::min<int64_t>(frames_, p_.batch - frame));
+      if (!reads_operands()) MOE_TRY(convert(frame, frames, stream));
+      for (int row = 0; row < p_.height; row += rows_)
+        MOE_TRY(run_band({frame, frames, row, rows_, pitch_}, outputs, device, stream));
+    }
+    return Status::ok;
+  }
+
+ private:
+  // Whether the kernel can read x itself.
+  bool reads_operands() const {
+    const Element element = std::is_same_v<Arithmetic, Bf16>   ? Element::bfloat16
+                            : std::is_same_v<Arithmetic, Half> ? Element::float16
+                                                               : Element::float32;
+    return !std::is_same_v<Arithmetic, Tf32> && p_.x_element == element && reads_chunks(p_) && p_.channels == channels_;
+  }
+  Band source(int frame, int frames) const {
+    return {frame, frames, 0, static_cast<int>(p_.in_height), static_cast<int>(p_.in_width) + 2, channels_};
+  }
+
+  Status convert(int frame, int frames, void* stream) const {  // an upsampling to its own size
+    Problem own = p_;
+    own.height = p_.in_height, own.width = p_.in_width;
+    own.pos_x = own.pos_y = nullptr;
+    return launch<Upsample<Arithmetic>>({own, source(frame, frames), source_, reads_chunks(p_)}, stream);
+  }
+
+  Status run_band(const Planes& planes, const Outputs& outputs, const Device& device, void* stream) const {
+    typename Kernel::Params params = {};
+    const auto size = static_cast<int64_t>(sizeof(Type));
+    if (reads_operands()) {
+      params.x = static_cast<const char*>(p_.x) + planes.first_frame * p_.x_strides[0] * size;
+      params.frame_bytes = p_.x_strides[0] * size, params.row_bytes = p_.x_strides[2] * size;
+      params.pixel_bytes = p_.x_strides[3] * size;
+    } else {
+      const Band band = source(planes.first_frame, planes.frames);
+      params.pixel_bytes = channels_ * size, params.row_bytes = band.pitch * params.pixel_bytes;
+      params.frame_bytes = band.rows * params.row_bytes;
+      params.x = reinterpret_cast<const char*>(source_) + params.pixel_bytes;
+    }
+    params.in_height = static_cast<int>(p_.in_height), params.in_width = static_cast<int>(p_.in_width);
+    params.height = static_cast<int>(p_.height), params.width = static_cast<int>(p_.width);
+    params.channels = channels_, params.weights = weights_;
+    params.column_parts = column_parts_, params.row_parts = row_parts_, params.second = second_;
+    params.columns = columns_, params.sums = sums_, params.planes = planes;
+    params.rows = static_cast<int>(std::min<int64_t>(planes.rows, p_.height - planes.first_row));
+    params.band_rows = band_rows(params.rows, planes.frames, device);
+    params.slots = static_cast<int>(slots_), params.widest = strips_.widest;
+    const auto shared = static_cast<size_t>(shared_bytes());
+    MOE_TRY(launch<Kernel>(params, Kernel::grid(params, strips_), shared, stream));
+    const Head head = {p_, columns_, sums_, planes, nullptr, 0, disagreement(p_)};
+    return launch<Mix>({head, outputs}, stream);
+  }
+
+  int64_t shared_bytes() const { return Kernel::shared_bytes(channels_, slots_, strips_.widest); }
+
+  // Rows of the output that a block works through: as many blocks as keep all processors busy to the end, though each
+  // begins with rows of x that others need, too.
+  int band_rows(int rows, int frames, const Device& device) const {
+    constexpr double kOverlap = 3;
+    constexpr int64_t kReserved = 1 << 10;  // of shared memory, for each block
+    const int64_t together = device.shared_bytes / (shared_bytes() + kReserved);
+    const int64_t resident = device.processors * std::clamp<int64_t>(together, 1, Kernel::kBlocks);
+    const int64_t blocks = static_cast<int64_t>(strips_.count) * (columns_.total / kGroup) * frames;
+    const double ratio = static_cast<double>(p_.in_height) / static_cast<double>(p_.height);
+    int best = rows;
+    double least = INFINITY;
+    for (int bands = 1; bands <= rows && bands <= 64; ++bands) {
+      const int each = static_cast<int>(divide_up(rows, bands));
+      const auto rounds = static_cast<double>(divide_up(blocks * divide_up(rows, each), resident));
+      const double time = rounds * (each * ratio + kOverlap);
+      if (time < least) least = time, best = each;
+    }
+    return best;
+  }
+
+  const Problem& p_;
+  Columns columns_;
+  Strips strips_;
+  int64_t slots_;
+  int channels_, pitch_, frames_, rows_;
+  Type *weights_, *source_ = nullptr;
+  float *bias_, *second_, *column_parts_, *row_parts_, *sums_;
+  int64_t bytes_;
+};
+
 // Backward: a band is some rows of a frame, and is worked on with one more row above and below, because the
 // convolution's adjoint reaches there.
 template <class Arithmetic>
@@ -296,16 +450,37 @@ class BackwardPass {
 // What the instances for one arithmetic offer; each is compiled in a file of its own.
 template <class Arithmetic>
 struct Passes {
+  static Formulation formulation(const Problem& p);
   static int64_t forward_bytes(const Problem& p);
   static int64_t backward_bytes(const Problem& p);
   static Status forward(const Problem& p, const Outputs& outputs, const Execution& e);
   static Status backward(const Problem& p, const Cotangents& given, const Gradients& wanted, const Execution& e);
 };
 
+// Enough for both formulations where the device has a say.
+template <class Arithmetic>
+int64_t forward_bytes(const Problem& p) {
+  const int64_t direct = ForwardPass<Arithmetic>(p, nullptr).bytes();
+  if (!uses_low_resolution<Arithmetic>(p, kLargestDevice)) return direct;
+  return std::max(direct, LowResolutionPass<Arithmetic>(p, nullptr).bytes());
+}
+
+template <class Arithmetic>
+Status run_forward(const Problem& p, const Outputs& outputs, const Execution& e) {
+  const Device device = current_device();
+  if (uses_low_resolution<Arithmetic>(p, device))
+    return LowResolutionPass<Arithmetic>(p, e.workspace).run(outputs, device, e.stream);
+  return ForwardPass<Arithmetic>(p, e.workspace).run(outputs, e.stream);
+}
+
 #define MOE_INSTANTIATE(Arithmetic)                                                                               \
   template <>                                                                                                     \
+  Formulation Passes<Arithmetic>::formulation(const Problem& p) {                                                 \
+    return uses_low_resolution<Arithmetic>(p, kLargestDevice) ? Formulation::low_resolution : Formulation::direct; \
+  }                                                                                                               \
+  template <>                                                                                                     \
   int64_t Passes<Arithmetic>::forward_bytes(const Problem& p) {                                                   \
-    return ForwardPass<Arithmetic>(p, nullptr).bytes();                                                           \
+    return cuda::forward_bytes<Arithmetic>(p);                                                                    \
   }                                                                                                               \
   template <>                                                                                                     \
   int64_t Passes<Arithmetic>::backward_bytes(const Problem& p) {                                                  \
@@ -313,7 +488,7 @@ struct Passes {
   }                                                                                                               \
   template <>                                                                                                     \
   Status Passes<Arithmetic>::forward(const Problem& p, const Outputs& outputs, const Execution& e) {              \
-    return ForwardPass<Arithmetic>(p, e.workspace).run(outputs, e.stream);                                        \
+    return run_forward<Arithmetic>(p, outputs, e);                                                                \
   }                                                                                                               \
   template <>                                                                                                     \
   Status Passes<Arithmetic>::backward(const Problem& p, const Cotangents& given, const Gradients& wanted,         \

@@ -252,6 +252,11 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline void copy_async(uint32_t to, const void* from, bool real) { emulator().copy(to, from, real); }
 inline void load_shared(float (&v)[4], uint32_t from) { std::memcpy(v, emulator().shared_at(from, 16), 16); }
+inline void store_shared(uint32_t to, float first, float second) {
+  Emulator::check(to % 8 == 0, "a store to shared memory that is not aligned");
+  const float both[2] = {first, second};
+  std::memcpy(emulator().shared_at(to, 8), both, 8);
+}
 inline void commit_copies() { emulator().commit(); }
 template <int kPending>
 void wait_for_copies() {
@@ -345,6 +350,7 @@ auto rounded(float value) {
   else return to_tf32(value);
 }
 
+inline int computed_anew(int value) { return value; }
 inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 
 // The two numbers of a register, in the order of k; one for tf32.
@@ -380,6 +386,8 @@ void multiply(Type type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (
     d[i] = static_cast<float>(sum);
   }
 }
+
+inline Device current_device() { return kLargestDevice; }
 
 template <class Kernel>
 Status launch(const typename Kernel::Params& params, Grid grid, size_t shared_bytes, void*) {

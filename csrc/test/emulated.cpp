@@ -27,6 +27,9 @@ void moe_band_bytes(int64_t forward, int64_t backward) {
   moe::cuda::BandBytes::backward = backward;
 }
 
+int moe_cuda_formulation(const moe::Problem* p, int arithmetic) {
+  return static_cast<int>(moe::cuda::formulation(*p, static_cast<moe::cuda::Arithmetic>(arithmetic)));
+}
 int64_t moe_cuda_forward_workspace(const moe::Problem* p, int arithmetic) {
   return moe::cuda::forward_workspace(*p, static_cast<moe::cuda::Arithmetic>(arithmetic));
 }

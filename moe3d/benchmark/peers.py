@@ -20,6 +20,7 @@ import moe3d
 from moe3d.benchmark.accuracy import Error, Judge, Outputs, join, truth
 from moe3d.benchmark.case import VGGT_CHUNK, Case, Weights, random_inputs, random_weights
 from moe3d.benchmark.race import Contestant, Unavailable
+from moe3d.ops import native_cuda
 from moe3d.ops.native import chosen_formulation
 from moe3d.position import position_tables
 
@@ -41,8 +42,13 @@ def _cpu_formulation(case: Case) -> str:
     return chosen_formulation(case.source_size, case.size, case.channels, case.hidden, case.precision == "bf16")
 
 
+def _cuda_formulation(case: Case) -> str:
+    hidden = case.experts, case.expert_hidden, case.gate_hidden if case.gated else 0
+    return native_cuda.chosen_formulation(case.source_size, case.size, case.channels, hidden, case.precision)
+
+
 # What backends execute, where it is not the direct form; for the counts.
-_FORMULATIONS: dict[str, Callable[[Case], str]] = {"cpu": _cpu_formulation}
+_FORMULATIONS: dict[str, Callable[[Case], str]] = {"cpu": _cpu_formulation, "cuda": _cuda_formulation}
 
 Tail = Callable[[Tensor], Outputs]
 

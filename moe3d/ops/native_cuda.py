@@ -6,6 +6,7 @@ allocator, and everything is enqueued on x's device and its current stream, so c
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ from moe3d.ops.native import Call, as_head_tensors, empty_gradients, empty_outpu
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 MAX_SIDE = 32768  # the kernels multiply two pixel indices in 32 bits
+# low-resolution (which gives way where it cannot run) or direct; "auto" or unset takes what counts as faster
+FORMULATION_VARIABLE = "MOE3D_CUDA_FORMULATION"
+FORMULATIONS = {"auto": 0, "low-resolution": 1, "direct": 3}  # of moe::Formulation
 ARITHMETIC = ("ieee", "tf32", "bf16", "fp16")  # in the order of moe::cuda::Arithmetic
 
 
 class CUDABackend(Backend):
-    """Any C, Hd, Hg, K, O, strides, batch and image size up to 32,768; float32, bfloat16 and float16."""
+    """Any C, Hd, Hg, K, O, strides, batch and image size up to 32,768; float32, bfloat16 and float16.
+
+    The first layer at low resolution (csrc/cuda/low_resolution.h) or as a convolution of upsampled features
+    (csrc/cuda/convolution.h), whichever counts as faster; uses_low_resolution() in csrc/cuda/passes.h decides.
+    """
 
     @property
     def automatic(self) -> bool:
@@ -33,7 +41,7 @@ class CUDABackend(Backend):
             return native.reason
         if not hasattr(native.module, "cuda_forward"):
             return f"its CUDA part is not installed ({_build.record()['cuda'] or 'moe3d was built without it'})"
-        return gpu.unavailable()
+        return _unknown_formulation() or gpu.unavailable()
 
     def unsupported(self, tensors: HeadTensors, options: HeadOptions) -> str | None:
         return self._unsupported_device(tensors.x.device) or _unsupported_call(tensors, options)
@@ -79,6 +87,12 @@ class _CUDACall(Call):
         super().__init__(module, tensors._replace(x=x), options)
         self._x = x
         self._arithmetic = ARITHMETIC.index(_arithmetic(x.dtype, options.precision))
+        self.problem.formulation = FORMULATIONS[formulation()]
+
+    @property
+    def formulation(self) -> str:
+        """What a forward pass takes on a GPU whose blocks may have the most shared memory."""
+        return _name_of(self.module.cuda_formulation(self.problem, self._arithmetic))
 
     def run(self, function: str, *structs) -> None:
         size = getattr(self.module, f"{function}_workspace")(self.problem, self._arithmetic)
@@ -92,6 +106,35 @@ class _CUDACall(Call):
         status = getattr(self.module, function)(self.problem, *structs, execution)
         if status:
             raise RuntimeError(f"moe_head: the cuda backend failed: {self.module.cuda_message(status)}")
+
+
+def formulation() -> str:
+    """The formulation asked for."""
+    return os.environ.get(FORMULATION_VARIABLE) or "auto"
+
+
+def chosen_formulation(
+    source: tuple[int, int], size: tuple[int, int], channels: int, hidden: tuple[int, int, int], precision: str
+) -> str:
+    """What a forward pass takes, for features of ``source`` size and K experts of Hd and a gate of Hg ``hidden``."""
+    module: Any = _build.native().module
+    if not hasattr(module, "cuda_formulation"):
+        return "direct"
+    p = module.Problem()
+    (p.in_height, p.in_width), (p.height, p.width) = source, size
+    p.channels, p.outputs, (p.experts, p.expert_hidden, p.gate_hidden) = channels, 2, hidden
+    p.formulation = FORMULATIONS[formulation()]
+    return _name_of(module.cuda_formulation(p, ARITHMETIC.index(precision)))
+
+
+def _name_of(code: int) -> str:
+    return next(name for name, known in FORMULATIONS.items() if known == code)
+
+
+def _unknown_formulation() -> str | None:
+    if formulation() in FORMULATIONS:
+        return None
+    return f"{FORMULATION_VARIABLE}={formulation()!r}, expected one of {', '.join(FORMULATIONS)}"
 
 
 def _arithmetic(x: torch.dtype, precision: str) -> str:

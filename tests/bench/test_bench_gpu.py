@@ -14,7 +14,7 @@ from bench.gpu.stages import STAGES, Context, Item, Skip, Stage, source_digest
 from bench.gpu.state import FAILED, PASSED, RUNNING, SKIPPED, State
 from bench.gpu.worker import work
 from moe3d.benchmark.case import Case
-from moe3d.ops import dispatch
+from moe3d.ops import dispatch, native_cuda
 from moe3d.ops.reference import ReferenceBackend
 
 
@@ -51,6 +51,23 @@ def test_every_stage_says_why_a_backend_is_skipped(monkeypatch):
         (item,) = STAGES[name].items(context)
         with pytest.raises(Skip, match="there is no GPU"):
             item.run()
+
+
+def test_both_formulations_of_the_cuda_backend_are_raced(monkeypatch):
+    """Each is asked for while it is judged, and no longer."""
+    asked = []
+
+    def judged(case, backend):
+        asked.append((native_cuda.formulation(), backend))
+        return {}
+
+    monkeypatch.setattr("bench.gpu.calls.accuracy", judged)
+    monkeypatch.setattr("moe3d.benchmark.suites.RACES", {"tail": type("Race", (), {"run": lambda *_: {}})()})
+    context = Context("cpu")
+    monkeypatch.setattr(context, "backends", {"cuda": None}, raising=False)
+    for item in STAGES["tune"].items(context):
+        assert item.run() == {"errors": {}, "times_ms": {}}
+    assert set(asked) == {("low-resolution", "cuda"), ("direct", "cuda")} and native_cuda.formulation() == "auto"
 
 
 def test_a_backend_that_refuses_the_device_is_skipped_with_its_reason(monkeypatch):

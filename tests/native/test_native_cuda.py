@@ -16,7 +16,7 @@ from moe3d import _build
 from moe3d.ops import dispatch, gpu, native, native_cuda
 from support import emulator as emulation
 from support import truth
-from support.accuracy import assert_as_accurate_as_pytorch
+from support.accuracy import Comparison, assert_as_accurate_as_pytorch, assert_within
 from support.backends import Runner
 from support.problems import Problem, random_problem
 
@@ -28,6 +28,13 @@ SMALL = {"batch": 1, "source": (3, 4), "size": (5, 7)}
 @pytest.fixture(scope="module")
 def emulator():
     return emulation.Emulator(emulation.build())
+
+
+@pytest.fixture(params=["direct", "low-resolution"])
+def formulation(request, monkeypatch):
+    """Each of the two ways to make hidden activations, where it is in doubt as well as where it counts as slower."""
+    monkeypatch.setenv(native_cuda.FORMULATION_VARIABLE, request.param)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +69,13 @@ def run(problem: Problem, **options):
     return problem.run(backend="cuda", **options)
 
 
+def taken(emulator, problem: Problem, precision: str = "auto", skip_below: float = 0.0) -> str:
+    """The formulation of a forward pass."""
+    tensors = native_cuda.HeadTensors(*(problem.tensors.get(n) for n in native_cuda.HeadTensors._fields))
+    options = native_cuda.HeadOptions(*problem.size, 1.0, "exp", "expp1", "mean", 0.3, False, skip_below, precision)
+    return native_cuda._CUDACall(emulator, tensors, options).formulation
+
+
 def gradients(problem: Problem, **options) -> dict[str, torch.Tensor]:
     leaves = problem.leaves()
     outputs = [o for o in run(leaves, **options) if o is not None]
@@ -94,13 +108,13 @@ def assert_equal(a, b):
     ],
     ids=str,
 )
-def test_as_accurate_as_pytorch(case):
+def test_as_accurate_as_pytorch(case, formulation):
     assert_as_accurate_as_pytorch(RUNNER, precision="ieee", **SMALL | case)
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bits_are_as_accurate_as_pytorchs(dtype, precision):
+def test_sixteen_bits_are_as_accurate_as_pytorchs(dtype, precision, formulation):
     if (dtype, precision) == (torch.float32, "auto"):
         pytest.skip("is float32 here")
     case = {"channels": 40, "experts": 2, "pos": True, "gate_logits": True}
@@ -112,7 +126,66 @@ def test_wide_groups_in_sixteen_bits():
     assert_as_accurate_as_pytorch(RUNNER, **SMALL | case)
 
 
-def test_tf32_has_the_error_of_its_operands():
+LOW_RESOLUTION = [  # sizes at which something ends: units of 32 pixels, strips of two, 64 columns, rows of x
+    {"source": (5, 70), "size": (9, 123), "pos": True},
+    {"source": (3, 33), "size": (4, 33), "channels": 70},
+    {"source": (2, 40), "size": (7, 41), "experts": 16, "hidden": 2},
+    {"source": (1, 9), "size": (5, 140), "prediction_channels": 3, "hidden": 17},
+    {"source": (4, 1), "size": (7, 1), "pos": True},
+    {"source": (2, 3), "size": (2, 16), "experts": 1, "gate": False, "hidden": 20, "pos": True},
+]
+
+
+@pytest.mark.parametrize("case", LOW_RESOLUTION, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_resolution_is_as_accurate_as_pytorch(emulator, case, dtype, monkeypatch):
+    monkeypatch.setenv(native_cuda.FORMULATION_VARIABLE, "low-resolution")
+    case = {"batch": 1, "dtype": dtype, "experts": 2} | case
+    assert taken(emulator, random_problem(**case)) == "low-resolution"
+    ours, plain, exact = [], [], []
+    for seed in range(3):
+        problem = random_problem(seed=seed, **case)
+        for found, output in (
+            (ours, run(problem, return_experts=True)),
+            (plain, truth.evaluate(problem, conv=dtype, mix=torch.float32)),
+            (exact, truth.evaluate(problem.double())),
+        ):
+            found.append(torch.cat([o.double().flatten() for o in (output.hypotheses.log(), output.weights)]))
+    assert_within("hypotheses and weights", Comparison(*(torch.cat(found) for found in (ours, plain, exact))))
+
+
+def test_what_low_resolution_leaves_to_the_other(emulator, monkeypatch):
+    monkeypatch.setenv(native_cuda.FORMULATION_VARIABLE, "low-resolution")
+    assert taken(emulator, random_problem()) == "low-resolution"
+    assert taken(emulator, random_problem(), skip_below=1e-6) == "direct"
+    for refused in ({"size": (2, 9)}, {"size": (7, 3)}, {"channels": 1024}, {"source": (2, 1), "size": (2, 5000)}):
+        assert taken(emulator, random_problem(batch=1, **refused)) == "direct", refused
+    monkeypatch.setenv(native_cuda.FORMULATION_VARIABLE, "direct")
+    assert taken(emulator, random_problem()) == "direct"
+
+
+@pytest.mark.parametrize(("precision", "least"), [("ieee", 8), ("tf32", 24), ("bf16", 48)])
+def test_low_resolution_is_taken_where_it_counts_as_faster(emulator, precision, least):
+    """At VGGT's ratio from so many channels on; never without resampling."""
+    for channels in (8, 16, 24, 32, 48, 64, 128):
+        vggt = random_problem(batch=1, channels=channels, source=(74, 296), size=(130, 518), experts=4, hidden=32,
+                              gate_hidden=128)  # fmt: skip
+        assert taken(emulator, vggt, precision) == ("low-resolution" if channels >= least else "direct"), channels
+    same = random_problem(batch=1, channels=128, source=(32, 64), size=(32, 64), hidden=32, gate_hidden=128)
+    assert taken(emulator, same, precision) == "direct"
+
+
+def test_huge_weights_stay_finite_and_right(formulation):
+    problem = random_problem(channels=40, source=(3, 20), size=(5, 35), batch=1, activation="linear", pos=True)
+    scale = {name: 1e4 * problem.tensors[name] for name in ("expert_w1", "expert_b1")}
+    problem = problem.with_tensors(**scale)
+    exact = truth.evaluate(problem.double())
+    for precision, limit in (("ieee", 1e-5), ("tf32", 3e-3), ("bf16", 3e-2)):
+        ours = run(problem, precision=precision, return_experts=True)
+        assert ((ours.hypotheses - exact.hypotheses).norm() / exact.hypotheses.norm()).item() < limit, precision
+
+
+def test_tf32_has_the_error_of_its_operands(formulation):
     """11 significant bits: about 3e-4 for each operand, an order of magnitude below bfloat16's."""
     problem = random_problem(channels=40, experts=3, hidden=40, pos=True, **SMALL)
     exact, leaves, double = truth.evaluate(problem.double()), problem.leaves(), problem.double().leaves()
@@ -129,7 +202,7 @@ def test_tf32_has_the_error_of_its_operands():
 
 
 @pytest.mark.parametrize(("precision", "wide"), [("ieee", False), ("bf16", False), ("bf16", True), ("tf32", True)])
-def test_the_order_of_threads_and_copies_changes_no_bit(emulator, precision, wide):
+def test_the_order_of_threads_and_copies_changes_no_bit(emulator, precision, wide, formulation):
     """What a missing barrier, or a copy that nobody waits for, would."""
     head = {"hidden": 40, "gate_hidden": 30} if wide else {"hidden": 9, "gate_hidden": 20}
     problem = random_problem(channels=40, source=(2, 3), size=(3, 18), batch=1, experts=2, pos=True, **head)
@@ -144,7 +217,7 @@ def test_the_order_of_threads_and_copies_changes_no_bit(emulator, precision, wid
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=False))
 
 
-def test_bands_give_the_same_outputs_bit_for_bit(emulator):
+def test_bands_give_the_same_outputs_bit_for_bit(emulator, formulation):
     problem = random_problem(batch=3, experts=2, source=(20, 5), size=(35, 9), pos=True)
     whole = run(problem, return_experts=True)
     for limit in (1, 10**5, 4 * 10**5):  # a row of tiles at a time; some rows; some frames
@@ -162,8 +235,8 @@ def test_bands_of_the_backward_pass_add_up(emulator):
 
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "every second", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_layouts_of_x_give_the_same_bits(layout, dtype):
-    problem = random_problem(channels=16, dtype=dtype, experts=1, **SMALL)
+def test_layouts_of_x_give_the_same_bits(layout, dtype, formulation):
+    problem = random_problem(channels=32, dtype=dtype, experts=1, **SMALL)
     x = problem.tensors["x"]
     strided = {
         "channels last": lambda: x.contiguous(memory_format=torch.channels_last),
@@ -190,7 +263,7 @@ def test_strides_that_the_kernels_read_themselves(emulator):
 
 
 @pytest.mark.parametrize("skip_below", [0.0, 1e-6])
-def test_nan_reaches_exactly_its_footprint(skip_below):
+def test_nan_reaches_exactly_its_footprint(skip_below, formulation):
     problem = random_problem(batch=1, source=(6, 7), size=(11, 19), gate_logits=True, pos=True)
     clean = run(problem, skip_below=skip_below)
     x = problem.tensors["x"].clone()
@@ -205,7 +278,7 @@ def test_nan_reaches_exactly_its_footprint(skip_below):
         assert torch.equal(got.prediction[~spread], clean.prediction[~spread])
 
 
-def test_an_expert_that_is_not_finite_spoils_no_other():
+def test_an_expert_that_is_not_finite_spoils_no_other(formulation):
     problem = random_problem(experts=3, **SMALL)
     bias = problem.tensors["expert_b1"].clone()
     bias[1, 0] = math.nan
@@ -326,6 +399,12 @@ class TestWithoutADevice:
         monkeypatch.setattr(_build, "native", lambda: _build.Native(emulator, None))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert native_cuda.CUDABackend().unavailable() == "there is no CUDA device"
+
+    def test_an_unknown_formulation_is_refused(self, monkeypatch, emulator):
+        monkeypatch.setattr(_build, "native", lambda: _build.Native(emulator, None))
+        monkeypatch.setenv(native_cuda.FORMULATION_VARIABLE, "fft")
+        reason = native_cuda.CUDABackend().unavailable()
+        assert reason == "MOE3D_CUDA_FORMULATION='fft', expected one of auto, low-resolution, direct"
 
     def test_it_is_used_only_where_it_is_asked_for(self, monkeypatch):
         """Until it has been found right on a GPU."""

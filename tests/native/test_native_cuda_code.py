@@ -24,7 +24,7 @@ from moe3d import _build
 TABLE = Path(__file__).with_name("compiled.json")
 # An instruction of the tensor cores multiplies 16-bit numbers, or tf32; "Ieee" has only the vector units.
 MATRIX = {"Bf16": r"HMMA\.16816\.F32\.BF16", "Half": r"HMMA\.16816\.F32\b(?!\.BF16)", "Tf32": r"HMMA\.1688\.F32\.TF32"}
-PRODUCTS = ("Convolution", "WeightGradient")
+PRODUCTS = ("Convolution", "LowResolution", "WeightGradient")
 MAY_SPILL = ("Mix", "MixGradient", "Reach")  # one thread a pixel, any number of experts: bound by memory
 REGISTERS = 65536
 
@@ -109,6 +109,9 @@ def test_every_listed_gpu_has_code_and_the_newest_also_ptx():
 def test_the_products_use_the_tensor_cores_and_fit():
     for arch, kernels in reports().items():
         assert {f"Convolution {t} {w} SecondLayer" for t in (*MATRIX, "Ieee") for w in (32, 128)} <= set(kernels)
+        assert {f"LowResolution {t}" for t in (*MATRIX, "Ieee")} <= set(kernels)
+        # two blocks of ten warps: five warps to each quarter of the registers
+        assert all(kernels[f"LowResolution {t}"].registers <= 96 for t in ("Bf16", "Half")), arch
         for name, report in kernels.items():
             family, *rest = name.split()
             assert report.registers > 8, (arch, name, report)
