@@ -77,7 +77,7 @@ def _machine(record: Record) -> str:
 def _color(peer: str) -> str:
     if peer in (STOCK, STOCK_CACHED, WIDENED):
         return _SINGLE
-    return _OURS.get(peer, _EAGER)
+    return _OURS.get(peer.split(",")[0], _EAGER)
 
 
 def ratios(records: Sequence[Record]) -> Figure | None:
@@ -234,7 +234,7 @@ def roofline(records: Sequence[Record]) -> Figure | None:
 
 
 def _moved(case: Case, record: Record) -> int:
-    if record.peer in moe3d.backends() and record.peer != "reference":
+    if record.peer.split(",")[0] in moe3d.backends() and record.peer != "reference":
         return record.roof["bytes"]
     count = eager_bytes_by_expert if record.peer in (BY_EXPERT, BY_EXPERT_CACHED) else eager_bytes
     rebuilt = embedding_bytes(case) if record.peer in (STOCK, BY_EXPERT) else 0

@@ -23,3 +23,11 @@ def test_training(session, replay, case, effort, peer):
 
 def test_decoder_training(session, replay, case, effort, peer):
     replay(session.race("decoder training", case, effort, PEERS)[peer])
+
+
+def test_training_memory(session, replay, case, effort, peer):
+    replay(session.memory(case, peer, "training"))
+
+
+def test_decoder_training_memory(session, replay, case, effort, peer):
+    replay(session.memory(case, peer, "decoder training"))

@@ -6,51 +6,68 @@
 namespace moe::cpu {
 namespace {
 
-template <int Rows, int Vecs>
-inline void gemm_tile(const Gemm& g, const float* a, const float* b, float* c) {
-  Vec sum[Rows][Vecs] = {};
-  const float* row[Rows];
-  for (int i = 0; i < Rows; ++i) row[i] = a + i * g.a_row;
-  const int64_t a_depth = g.a_depth, b_depth = g.b_depth;
-  int64_t at = 0;
-  for (int64_t k = 0; k < g.depth; ++k, at += a_depth, b += b_depth) {
-    Vec right[Vecs];
-    for (int j = 0; j < Vecs; ++j) right[j] = load(b + j * kLanes);
-    for (int i = 0; i < Rows; ++i) {
-      const float left = row[i][at];
-      for (int j = 0; j < Vecs; ++j) sum[i][j] += left * right[j];
-    }
-  }
-  if (g.accumulate)
-    for (int i = 0; i < Rows; ++i)
-      for (int j = 0; j < Vecs; ++j) sum[i][j] += load(c + i * g.c_row + j * kLanes);
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vecs; ++j) store(c + i * g.c_row + j * kLanes, sum[i][j]);
+constexpr int64_t kLine = 16;  // floats of a cache line
+
+// f(i) for i in [0, Count), unrolled: what f indexes with i can live in registers.
+template <int Count, typename Function>
+inline __attribute__((always_inline)) void unrolled(Function f) {
+#pragma GCC unroll 32
+  for (int i = 0; i < Count; ++i) f(i);
 }
 
-// Panels outside, blocks of rows inside: a panel of b stays in L1 while the rows of a, fewer, come from L2.
+// c (+)= a b over `depth`. With Ahead, every step fetches a line, from `ahead` on, into the second cache.
+template <int Rows, int Vecs, bool Ahead>
+inline __attribute__((always_inline)) void gemm_tile(const Gemm& g, int64_t depth, bool accumulate, const float* a,
+                                                     const float* b, float* c, const float* ahead) {
+  Vec sum[Rows][Vecs];
+  unrolled<Rows>([&](int i) { unrolled<Vecs>([&](int j) { sum[i][j] = Vec{}; }); });
+  const float* row[Rows];
+  unrolled<Rows>([&](int i) { row[i] = a + i * g.a_row; });
+  const int64_t a_depth = g.a_depth, b_depth = g.b_depth, c_row = g.c_row;
+  for (int64_t k = 0, at = 0; k < depth; ++k, at += a_depth, b += b_depth) {
+    if (Ahead) __builtin_prefetch(ahead + k * kLine, 0, 2);
+    Vec right[Vecs];
+    unrolled<Vecs>([&](int j) { right[j] = load(b + j * kLanes); });
+    unrolled<Rows>([&](int i) {
+      const float left = row[i][at];
+      unrolled<Vecs>([&](int j) { sum[i][j] += left * right[j]; });
+    });
+  }
+  const auto place = [&](int i, int j) { return c + i * c_row + j * kLanes; };
+  if (accumulate)
+    unrolled<Rows>([&](int i) { unrolled<Vecs>([&](int j) { sum[i][j] += load(place(i, j)); }); });
+  unrolled<Rows>([&](int i) { unrolled<Vecs>([&](int j) { store(place(i, j), sum[i][j]); }); });
+}
+
+// Panels outside, blocks of rows inside: a panel of b stays in L1 while the rows of a, fewer, come from L2. Where b goes
+// on, the first blocks of rows fetch the next panel between them.
 template <int Rows, int Vecs>
-void gemm(const Gemm& g) {
+inline __attribute__((always_inline)) void gemm_by_parts(const Gemm& g, int64_t most) {
+  constexpr int64_t kPanel = Vecs * kLanes, kBlocksAhead = kPanel > kLine ? kPanel / kLine : 1;
   for (int64_t panel = 0; panel < g.panels; ++panel)
     for (int64_t block = 0; block < g.row_blocks; ++block)
-      gemm_tile<Rows, Vecs>(g, g.a + block * Rows * g.a_row, g.b + panel * g.b_panel,
-                            g.c + block * Rows * g.c_row + panel * Vecs * kLanes);
+      for (int64_t begin = 0; begin < g.depth; begin += most) {
+        const int64_t depth = g.depth - begin < most ? g.depth - begin : most;
+        const bool accumulate = g.accumulate || begin > 0;
+        const float* a = g.a + block * Rows * g.a_row + begin * g.a_depth;
+        const float *next = g.b + (panel + 1) * g.b_panel, *b = next - g.b_panel + begin * g.b_depth;
+        float* c = g.c + block * Rows * g.c_row + panel * kPanel;
+        if (g.goes_on && block < kBlocksAhead)
+          gemm_tile<Rows, Vecs, true>(g, depth, accumulate, a, b, c, next + (block * g.depth + begin) * kLine);
+        else
+          gemm_tile<Rows, Vecs, false>(g, depth, accumulate, a, b, c, nullptr);
+      }
+}
+
+template <int Rows, int Vecs>
+void gemm(const Gemm& g) {
+  gemm_by_parts<Rows, Vecs>(g, g.depth);
 }
 
 template <int Rows, int Vecs>
 void gemm_in_parts(const Gemm& g) {
   constexpr int64_t kPart = 64;
-  for (int64_t panel = 0; panel < g.panels; ++panel)
-    for (int64_t block = 0; block < g.row_blocks; ++block) {
-      Gemm part = g;
-      for (int64_t begin = 0; begin < g.depth; begin += kPart) {
-        part.depth = g.depth - begin < kPart ? g.depth - begin : kPart;
-        gemm_tile<Rows, Vecs>(part, g.a + block * Rows * g.a_row + begin * g.a_depth,
-                              g.b + panel * g.b_panel + begin * g.b_depth,
-                              g.c + block * Rows * g.c_row + panel * Vecs * kLanes);
-        part.accumulate = true;
-      }
-    }
+  gemm_by_parts<Rows, Vecs>(g, kPart);
 }
 
 }  // namespace

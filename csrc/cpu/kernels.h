@@ -30,6 +30,7 @@ struct Gemm {
   int64_t c_row;
   int64_t row_blocks, panels, depth;
   bool accumulate;
+  bool goes_on;  // what is wanted next lies behind the last panel: fetch it (a hint, of float32 products)
 };
 
 // How one output column's three horizontal taps read the low-resolution products: offsets into a row of them.

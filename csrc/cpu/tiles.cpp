@@ -11,7 +11,7 @@ namespace {
 
 // Tiles lie on one grid for each frame. A cell of successive tiles is what an expert is left out of; a unit is what a thread
 // works at: its transformed patches take half of a 1 MB L2, and the weights pass once a unit.
-constexpr int64_t kCellTiles = 8, kUnitTiles = 16, kCells = kUnitTiles / kCellTiles;
+constexpr int64_t kCellTiles = 8, kUnitTiles = 24, kCells = kUnitTiles / kCellTiles;
 constexpr int64_t kUnitWidth = kUnitTiles * kHeadTile;
 constexpr int64_t kStagger = 16;  // floats between places, so that they do not compete for the same lines of a cache
 
@@ -167,6 +167,7 @@ class TileWorker {
     gemm.row_blocks = slots.size() / head_.kernels.block_rows;
     gemm.panels = product.columns / head_.kernels.narrow_panel;
     gemm.depth = depth_;
+    gemm.goes_on = true;
     (grid_.in_parts ? head_.kernels.gemm_in_parts : head_.kernels.gemm_narrow)(gemm);
   }
 
@@ -224,7 +225,8 @@ class TileWorker {
 
 TileHead::TileHead(const Problem& p, const Kernels& k) : Branches(p, k), layout(p.channels, false, kGroup) {
   const int64_t step = std::max<int64_t>(kGroup, k.narrow_panel), groups = kMaxColumns / kGroup;
-  for (int64_t branch = 0; branch < branches(); ++branch) {
+  for (int64_t i = 0; i < branches(); ++i) {
+    const int64_t branch = (i + problem.experts) % branches();  // the gate first, as they are used
     const Span all = branch_groups(branch);
     for (int64_t g = all.begin; g < all.end; g += groups) {
       const int64_t count = std::min(groups, all.end - g), columns = round_up(count * kGroup, step);

@@ -88,6 +88,7 @@ class Winograd {
     gemm.row_blocks = blocks;
     gemm.panels = padded_ / kernels_.narrow_panel;
     gemm.depth = p_.in_channels;
+    gemm.goes_on = true;
     kernels_.gemm_in_parts(gemm);
   }
 

@@ -6,8 +6,10 @@ nothing with its backends. Every peer takes fused features x [B, C, h, w] and gi
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +23,7 @@ from moe3d.benchmark.accuracy import Error, Judge, Outputs, join, truth
 from moe3d.benchmark.case import VGGT_CHUNK, Case, Weights, random_inputs, random_weights
 from moe3d.benchmark.race import Contestant, Unavailable
 from moe3d.ops import native_cuda
-from moe3d.ops.native import chosen_formulation
+from moe3d.ops.native import ISA_VARIABLE, chosen_formulation, has_bf16_products
 from moe3d.position import position_tables
 
 STOCK = "stock"
@@ -32,6 +34,8 @@ BY_EXPERT_CACHED = "eager by expert, cached embedding"
 CONCATENATED = "eager concatenated"
 CHANNELS_LAST = "eager concatenated, channels_last"
 COMPILED = "torch.compile"
+ONE_EXPERT = "cpu, one expert"
+AVX2 = "cpu, AVX2"
 
 
 def _direct(_: Case) -> str:
@@ -168,12 +172,38 @@ def backend_tail(name: str, case: Case, w: Weights) -> Tail:
     return run
 
 
+def _with_avx2(case: Case, w: Weights) -> Tail:
+    tail = backend_tail("cpu", case, w)
+
+    def run(x: Tensor) -> Outputs:
+        with _instruction_set("avx2"):
+            return tail(x)
+
+    return run
+
+
+@contextlib.contextmanager
+def _instruction_set(name: str | None) -> Iterator[None]:
+    """The ``cpu`` backend's, where one is named."""
+    before = os.environ.get(ISA_VARIABLE)
+    if name is not None:
+        os.environ[ISA_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ.pop(ISA_VARIABLE)
+        if name is not None and before is not None:
+            os.environ[ISA_VARIABLE] = before
+
+
 @dataclass(frozen=True)
 class Peer:
     """One way to compute the tail.
 
     ``of`` turns the mixture's case into the one that this peer computes (one plain head, say). ``formulation``: see
     :func:`~.roofline.tail_work`. ``plain``: the peer by whose error this one's is judged; None for those that judge.
+    ``backend``: of this package, if it is one; ``isa``: the instruction set to which the ``cpu`` backend is held.
     """
 
     name: str
@@ -182,6 +212,21 @@ class Peer:
     formulation: Callable[[Case], str] = _direct
     plain: str | None = CONCATENATED
     memory_format: torch.memory_format = torch.contiguous_format
+    backend: str | None = None
+    isa: str | None = None
+
+    def require(self, case: Case) -> None:
+        """Raises :class:`~.race.Unavailable` with the reason where this peer cannot run ``case`` here."""
+        if self.backend is None:
+            return
+        with _instruction_set(self.isa):
+            require_backend(self.backend)
+        if self.backend != "cpu":
+            return
+        if torch.device(case.device).type != "cpu":
+            raise Unavailable("the cpu backend works on the CPU")
+        if case.precision == "bf16" and not has_bf16_products():
+            raise Unavailable("bfloat16 arithmetic needs a processor with avx512_bf16")
 
 
 def _contiguous(write: Callable, cached: bool) -> Callable[[Case, Weights], Tail]:
@@ -204,13 +249,26 @@ _PLAIN = [
 ]
 
 
+_VARIANTS = [
+    Peer(
+        ONE_EXPERT,
+        partial(backend_tail, "cpu"),
+        of=lambda case: case.single,
+        formulation=_cpu_formulation,
+        plain=STOCK_CACHED,
+        backend="cpu",
+    ),
+    Peer(AVX2, _with_avx2, formulation=_cpu_formulation, backend="cpu", isa="avx2"),
+]
+
+
 def peers() -> dict[str, Peer]:
     """All of them by name; those that judge come first. The package's backends go by their own names."""
     backends = [
-        Peer(name, partial(backend_tail, name), formulation=_FORMULATIONS.get(name, _direct))
+        Peer(name, partial(backend_tail, name), formulation=_FORMULATIONS.get(name, _direct), backend=name)
         for name in moe3d.backends()
     ]
-    return {peer.name: peer for peer in _PLAIN + backends}
+    return {peer.name: peer for peer in _PLAIN + backends + _VARIANTS}
 
 
 class TailField:
@@ -229,7 +287,7 @@ class TailField:
 
     @torch.no_grad()
     def _prepare(self, peer: Peer) -> Callable[[int], Outputs]:
-        require_backend(peer.name)
+        peer.require(self.case)
         case, inputs = peer.of(self.case), self._inputs(peer.memory_format)
         tail = peer.build(case, self.weights_of(case))
         return torch.no_grad()(lambda i: in_chunks(tail, inputs[i % len(inputs)]))

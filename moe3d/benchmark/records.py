@@ -47,13 +47,13 @@ class Record:
     """One result. Times are in milliseconds per call (of ``case["frames"]`` frames), medians of interleaved rounds.
 
     Attributes:
-        suite: a name in :data:`moe3d.benchmark.suites.RACES`, "memory" or "latency".
+        suite: a name in :data:`moe3d.benchmark.suites.RACES`, "latency", or one of its MEMORY_SUITES.
         peer: who.
         case: the fields of :class:`~moe3d.benchmark.case.Case`.
         run: the fields of :func:`moe3d.benchmark.machine.describe`, and "ceilings".
         ratios: {baseline: [ratio, low, high]} of this peer's time over the baseline's, with 95% confidence intervals.
         rms_error, worst_error: against the float64 truth, relative.
-        peak_bytes: of the memory suite.
+        peak_bytes: of the memory suites.
         first_call_ms: {"cold": ..., "warm": ...} of the latency suite.
     """
 

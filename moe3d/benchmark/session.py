@@ -14,7 +14,7 @@ from moe3d.benchmark.probe import first_call, peak_memory
 from moe3d.benchmark.race import Effort, Outcome
 from moe3d.benchmark.records import Record, records_of
 from moe3d.benchmark.roofline import measure_ceilings
-from moe3d.benchmark.suites import RACES
+from moe3d.benchmark.suites import MEMORY_SUITES, RACES
 
 _ONCE = Effort(seconds=0, least_rounds=1, most_rounds=1)
 
@@ -43,13 +43,13 @@ class Session:
             self.records += records_of(suite, case, self._outcomes[key], self.run, self.ceilings)
         return self._outcomes[key]
 
-    def memory(self, case: Case, peer: str) -> Outcome:
-        """The tail's peak memory in a process of its own."""
-        outcome = self._admitted(case, peer)
+    def memory(self, case: Case, peer: str, race: str = "tail") -> Outcome:
+        """The peak memory of a call of the tail, or of what another race calls, in a process of its own."""
+        outcome = self._admitted(case, peer, race)
         if outcome.times:
-            probed = peak_memory("tail", peer, case)
+            probed = peak_memory(race, peer, case)
             outcome.times = [probed["seconds"]]
-            self._keep("memory", case, peer, probed["seconds"], peak_bytes=probed["peak_bytes"])
+            self._keep(MEMORY_SUITES[race], case, peer, probed["seconds"], peak_bytes=probed["peak_bytes"])
         return outcome
 
     def latency(self, case: Case, peer: str) -> Outcome:
@@ -62,10 +62,10 @@ class Session:
             self._keep("latency", case, peer, calls["warm"]["second_s"], first_call_ms=first)
         return outcome
 
-    def _admitted(self, case: Case, peer: str) -> Outcome:
+    def _admitted(self, case: Case, peer: str, race: str = "tail") -> Outcome:
         """What a race over a few pixels makes of a peer: only one that is right is probed."""
         few = dataclasses.replace(case, frames=1, height=42, width=42)
-        return RACES["tail"].run(few, _ONCE, [peer])[peer]
+        return RACES[race].run(few, _ONCE, [peer])[peer]
 
     def _keep(self, suite: str, case: Case, peer: str, seconds: float, **measured) -> None:
         ms = 1e3 * seconds

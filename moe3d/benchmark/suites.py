@@ -57,3 +57,6 @@ RACES = {
         "a training step of the tail with gradients to its features, as a trained decoder needs them",
     ),
 }
+
+# The names under which the peak memory of a race's calls is recorded.
+MEMORY_SUITES = {"tail": "memory", "training": "training memory", "decoder training": "decoder training memory"}

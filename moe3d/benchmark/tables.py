@@ -14,7 +14,7 @@ from moe3d.benchmark.roofline import (
     PAPER_TIME_PERCENT,
     counted_overhead,
 )
-from moe3d.benchmark.suites import RACES
+from moe3d.benchmark.suites import MEMORY_SUITES, RACES
 
 _OVERHEAD_SUITES = ("head", "mini", "vggt")
 
@@ -22,7 +22,7 @@ _OVERHEAD_SUITES = ("head", "mini", "vggt")
 def summary(records: Sequence[Record]) -> str:
     """Everything that a run has to say: a table for each case, the overhead beside the paper's, and the machine."""
     parts = [times(group) for group in _by_case(records, tuple(RACES))]
-    parts += [memory(group) for group in _by_case(records, ("memory",))]
+    parts += [memory(group) for group in _by_case(records, tuple(MEMORY_SUITES.values()))]
     parts += [latency(group) for group in _by_case(records, ("latency",))]
     parts.append(overhead(records))
     if records:
@@ -64,7 +64,8 @@ def times(records: Sequence[Record]) -> str:
 def memory(records: Sequence[Record]) -> str:
     case = Case(**records[0].case)
     columns = [("", lambda r: r.peer), ("peak MB", lambda r: f"{r.peak_bytes / 2**20:.0f}" if r.peak_bytes else "")]
-    title = f"peak memory of a call of the tail beyond its inputs, {case.height}x{case.width}, {_frames(case.frames)}"
+    about = next(RACES[race].about for race, suite in MEMORY_SUITES.items() if suite == records[0].suite)
+    title = f"peak memory beyond the inputs of {about}, {case.height}x{case.width}, {_frames(case.frames)}"
     return f"{title}\n{_table(columns, records)}"
 
 

@@ -17,7 +17,6 @@ from moe3d.benchmark.peers import (
     STOCK_CACHED,
     Peer,
     peers,
-    require_backend,
     with_judges,
 )
 from moe3d.benchmark.race import Contestant
@@ -52,7 +51,7 @@ class TrainingField:
         return [Contestant(p.name, partial(self._prepare, p), partial(self._check, p)) for p in self.peers]
 
     def _prepare(self, peer: Peer) -> Callable[[int], list[Tensor]]:
-        require_backend(peer.name)
+        peer.require(self.case)
         case = peer.of(self.case)
         weights = _parameters(random_weights(case, self.seed))
         parameters = weights.present

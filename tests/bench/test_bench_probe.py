@@ -12,6 +12,7 @@ from moe3d.benchmark import probe
 from moe3d.benchmark.case import Case
 from moe3d.benchmark.race import Unavailable
 from moe3d.benchmark.session import Session
+from moe3d.benchmark.tables import summary
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc, which only Linux has")
 MEGABYTE = 1 << 20
@@ -75,6 +76,9 @@ def test_only_the_right_are_probed(wrong_backend, small_ceilings, monkeypatch):
     for measure in (session.memory, session.latency):
         assert "wrong" in measure(Case(1, 28, 28), wrong_backend).refused
         assert measure(Case(1, 28, 28), "reference").times
-    memory, latency = session.records
+    assert session.memory(Case(1, 28, 28), "reference", "training").times
+    memory, latency, training = session.records
+    assert (training.suite, training.peak_bytes) == ("training memory", 7)
+    assert "a training step of the tail: forward, backward, AdamW, 28x28" in summary(session.records)
     assert (memory.suite, memory.peer, memory.peak_bytes) == ("memory", "reference", 7)
     assert latency.first_call_ms == {"cold": 2000.0, "warm": 2000.0} and latency.p50_ms == 500.0

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from moe3d.benchmark import peers as tail_peers
 from moe3d.benchmark.accuracy import Error, Wrong
 from moe3d.benchmark.case import Case
 from moe3d.benchmark.peers import (
+    AVX2,
     BY_EXPERT,
     BY_EXPERT_CACHED,
     CHANNELS_LAST,
     COMPILED,
     CONCATENATED,
+    ONE_EXPERT,
     STOCK,
     STOCK_CACHED,
     WIDENED,
@@ -23,6 +26,8 @@ from moe3d.benchmark.peers import (
 )
 from moe3d.benchmark.race import Contestant, Effort, Unavailable, race
 from moe3d.benchmark.suites import RACES
+from moe3d.ops import native
+from moe3d.ops.native import CPUBackend
 
 SMALL = Case(frames=2, height=28, width=42)
 SHORT = Effort(seconds=0, least_rounds=2, most_rounds=2)
@@ -97,6 +102,28 @@ def test_all_plain_peers_and_the_reference_are_right():
     outcomes = RACES["tail"].run(SMALL, SHORT, names)
     assert {n: o.refused for n, o in outcomes.items()} == dict.fromkeys(outcomes)
     assert all(len(o.times) == 2 and o.error.rms < 1e-5 for o in outcomes.values())
+
+
+def test_one_expert_and_another_instruction_set_race_where_they_can(monkeypatch):
+    asked = []
+    run = CPUBackend.forward
+    monkeypatch.setattr(CPUBackend, "forward", lambda *args: asked.append(native.isa()) or run(*args))
+    monkeypatch.setenv(native.ISA_VARIABLE, "portable")
+    outcomes = RACES["tail"].run(SMALL, SHORT, [ONE_EXPERT])
+    assert len(outcomes[ONE_EXPERT].times) == 2 and set(asked) == {"portable"}
+    asked.clear()
+    outcome = RACES["tail"].run(SMALL, SHORT, [AVX2])[AVX2]
+    if "avx2" in native._build.native().module.supported_isas():
+        assert len(outcome.times) == 2 and set(asked) == {"avx2"}
+    else:
+        assert "expected one of" in outcome.skipped
+    assert native.isa() == "portable"
+
+
+def test_no_bfloat16_race_on_a_processor_without_it(monkeypatch):
+    monkeypatch.setattr(tail_peers, "has_bf16_products", lambda: False)
+    outcomes = RACES["tail"].run(replace(SMALL, precision="bf16"), SHORT, ["cpu", "reference"])
+    assert "avx512_bf16" in outcomes["cpu"].skipped and outcomes["reference"].times
 
 
 def test_more_frames_than_vggt_takes_at_once():
