@@ -1,8 +1,8 @@
 """The convolutions that MiniVGGT sees through: EfficientNet-Lite0 without its last block and its classifier.
 
 Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (arXiv 1905.11946), in the Lite
-form for small devices: no squeeze-and-excitation, ReLU6. Batch normalisation is folded into the convolutions, so weights
-that were trained on ImageNet begin as what they are (:func:`fold_lite0`), and no statistics are kept.
+form for small devices: no squeeze-and-excitation, ReLU6. Batch normalisation is folded into the convolutions, so that
+weights of ImageNet begin as what they are (:func:`fold_lite0`), and no statistics are kept.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

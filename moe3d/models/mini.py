@@ -77,8 +77,8 @@ class Aggregator(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
         """Images [B, S, 3, H, W] in [0, 1] to 2 + ``depth`` tensors [B, S, patch_start_idx + P, 2 * embed_dim] and
-        ``patch_start_idx``: the details of :class:`PatchEmbed`, with nothing for the special tokens; then, of each pair,
-        the channels of the frame-wise block and those of the global block."""
+        ``patch_start_idx``: the details of :class:`PatchEmbed`, with nothing for the special tokens; then, of each
+        pair, the channels of the frame-wise block and those of the global block."""
         batch, frames = images.shape[:2]
         tokens, rotation, details = self._embed(images)
         everywhere = rotation.repeat(1, frames, 1)

@@ -73,9 +73,7 @@ class Run:
         imagenet: see :func:`imagenet_weights`; None for an encoder from nothing.
     """
 
-    def __init__(
-        self, folder: Path, options: PretrainOptions, imagenet: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, options: PretrainOptions, imagenet: Mapping[str, Tensor] | None = None) -> None:
         self.folder, self.options = folder, options
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(options.seed)

