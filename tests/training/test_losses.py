@@ -279,7 +279,7 @@ def test_a_likelihood_at_the_local_level_ignores_a_factor_and_teaches_nothing_th
     near, far = (loss(predictions, {"depth": factor * truth, "valid": valid}) for factor in (1.0, 5.0))
     torch.testing.assert_close(near, far)
     assert not near.requires_grad
-    with pytest.raises(ValueError, match="^window must be 0 or an odd number of pixels, got 4$"):
+    with pytest.raises(ValueError, match=r"^window must be 0 or an odd number of pixels, got 4$"):
         MixtureNLL(window=4)
 
 
