@@ -70,8 +70,8 @@ class FinetuneOptions:
 
     recipe: Recipe = BEST
     budget: HeadBudget = field(default_factory=HeadBudget)
-    size: tuple[int, int] = (140, 196)
-    scenes: int = 1000
+    size: tuple[int, int] = (126, 168)
+    scenes: int = 600
     """Of the training split, one or two frames each, so that the heads meet the features of both."""
     validation_scenes: int = 16
     seed: int = 0
