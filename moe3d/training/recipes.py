@@ -84,7 +84,7 @@ class Recipe:
     @torch.no_grad()
     def spread_experts(self, tail: MoEHead) -> None:
         """Move the experts of a head whose activation is ``exp`` apart, as the recipe has it."""
-        if self.spread:
+        if self.num_experts > 1:
             tail.expert_b2[:, 0] += torch.linspace(-self.spread, self.spread, tail.num_experts).to(tail.expert_b2)
 
     def objective(self, train_cameras: bool = False) -> WeightedLoss:
