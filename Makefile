@@ -6,6 +6,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 VGGT   ?= .external/vggt
 TESTS  ?=
+JOBS   ?= 2
 
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find moe3d kernels csrc -type f -not -name '*.pyc' 2>/dev/null)
@@ -24,7 +25,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
 
 test: $(VENV)/.tools
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile
 
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
 # VGGT=<checkout>:<StreamVGGT's checkout>/src runs those of its relatives that can be imported, too.
@@ -38,7 +39,7 @@ test-export: $(VENV)/.tools
 
 # The operation's tests, all of them, with the CUDA kernels on the emulator (csrc/test/device_host.h).
 test-emulated: $(VENV)/.tools
-	MOE3D_EMULATE_CUDA=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n 2 tests/ops -k cuda-cpu
+	MOE3D_EMULATE_CUDA=1 OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) tests/ops -k cuda-cpu
 
 # Appends to bench/results/ and draws bench/results/*.svg anew.
 bench: $(VENV)/.tools
@@ -76,7 +77,7 @@ dist:
 
 # The wheel as a user gets it, in a new environment far from this checkout: first with nothing else on the PATH, no compiler
 # either, then under the tests that the sdist carries, whose own copy of the package is removed.
-# TESTS="tests/test_package.py tests/ops" runs some of them.
+# TESTS="tests/test_package.py tests/ops" runs some of them, JOBS=1 all in one process.
 test-dist: dist
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -ex && \
 	tar -xzf dist/*.tar.gz --strip-components 1 -C "$$folder" && cd "$$folder" && rm -r moe3d kernels && \
@@ -86,7 +87,7 @@ test-dist: dist
 	env -i PATH="$$folder/.venv/bin" moe3d demo --out demo && \
 	.venv/bin/python -m pip install -q $(PIP_FLAGS) "$$(echo $(CURDIR)/dist/*.whl)[dev]" && \
 	.venv/bin/python -m pip install -q $(PIP_FLAGS) --no-deps --ignore-requires-python depth-anything-3 && \
-	MOE3D_DIST=$(CURDIR)/dist OMP_NUM_THREADS=1 .venv/bin/pytest -q -n 2 --dist loadfile $(TESTS)
+	MOE3D_DIST=$(CURDIR)/dist OMP_NUM_THREADS=1 .venv/bin/pytest -q -n $(JOBS) --dist loadfile $(TESTS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo

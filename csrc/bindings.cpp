@@ -1,5 +1,5 @@
 // The Python module moe3d._native: sizes, options and raw addresses in, a status out. It knows neither PyTorch nor
-// NumPy, so one build serves every version of them; moe3d/ops/native.py fills in the fields by name.
+// NumPy, so one build serves every version of them; moe3d/ops/native*.py fill in the fields by name.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -243,7 +243,6 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "C++ kernels of moe3d; called through moe3d.ops.native.";
   m.attr("version") = MOE3D_VERSION;
-  m.attr("compiler") = MOE3D_COMPILER;
   bind_problem(m);
   bind_packing(m);
   bind_maps<float>(m, "Outputs");

@@ -71,6 +71,8 @@ def _find(pattern: str) -> Path | None:
     beside = sorted(_PACKAGE.glob(pattern))
     if beside:
         return beside[0]
+    if (_PACKAGE / RECORD).is_file():
+        return None  # this is an installed package, and its build left it out: another one's is not meant for it
     files = (f for found in distributions(name="moe3d") for f in found.files or [])
     installed = (Path(f.locate()) for f in files if f.parent.name == "moe3d" and f.match(pattern))
     return next((path for path in installed if path.is_file()), None)

@@ -17,7 +17,10 @@ from support.models import real
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHORTER = {"train_the_head": ["--steps", "2"]}
-PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md")]
+CARD = Path(moe3d.__file__).parent / "models/weights/MODEL_CARD.md"  # the package may be an installed one
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "bench").glob("*.md")), CARD]
+SITE = sorted((ROOT / "docs").rglob("*.md"))  # whose links to files are checked where the site is built
+LINK = r"\]\(([^)\s]+)[^)]*\)"
 
 
 def _run(command: list, cwd: Path) -> str:
@@ -62,10 +65,17 @@ def test_the_readmes_ten_lines_run(vggt_loader, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_to_files_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    places = (page.parent, Path(moe3d.__file__).parents[1])  # the package may be an installed one
-    missing = [t for t in targets if "://" not in t and not any((place / t).exists() for place in places)]
-    assert not missing
+    targets = [target.partition("#")[0] for target in re.findall(LINK, page.read_text()) if "://" not in target]
+    places = (page.parent, Path(moe3d.__file__).parents[1])  # the latter as CARD
+    assert not [target for target in targets if not any((place / target).exists() for place in places)]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *SITE], ids=lambda path: path.name)
+def test_links_to_the_web_are_whole(page):
+    """Nothing here can follow them: each names a server by https, and a place there or the server itself."""
+    targets = re.findall(LINK, page.read_text()) + re.findall(r"<(\w+:[^>]*)>", page.read_text())
+    for target in (target for target in targets if ":" in target or target.startswith(("www.", "//"))):
+        assert re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w./~%+#?=&-]*)?", target), target
 
 
 def test_the_changelog_and_the_citation_name_this_version():

@@ -53,9 +53,11 @@ def as_text(facts: dict) -> str:
 def platform_note(system: str, machine: str) -> str:
     """What moe3d supports on a platform, named as ``platform.system()`` and ``platform.machine()`` do."""
     here = f"{'macOS' if system == 'Darwin' else system} {machine}"
-    if system == "Linux" and machine in ("x86_64", "aarch64"):
+    if system == "Linux" and machine == "x86_64":
         return f"{here}: supported"
-    return f"{here}: the reference backend only (Linux on x86-64 and aarch64 is supported in full)"
+    if system == "Linux" and machine == "aarch64":
+        return f"{here}: untested; its C++ part has only been built on x86-64"
+    return f"{here}: the reference backend only (Linux on x86-64 is supported in full)"
 
 
 def _availability(reason: str | None) -> dict:

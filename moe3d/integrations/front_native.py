@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe3d.eager import runs_eagerly
 from moe3d.integrations.front import can_reorder, is_watched
 from moe3d.ops import native_layers
+from moe3d.ops.native import isa, state_of
 from moe3d.ops.native_layers import CHANNEL_STEP, Cells, Upsampled, Winograd
 from moe3d.position import position_tables
 
@@ -149,20 +150,8 @@ def _front_modules(head: Any) -> Iterator[nn.Module]:
 
 
 def _state(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> tuple:
-    """Equal to an earlier one only if the weights are what they were.
-
-    Version counters miss what is written through ``.data`` (as averages of weights are swapped in); hence a few values
-    of each tensor, too.
-    """
-    versions = [0 if p.is_inference() else p._version for p in parameters]
-    values = native_layers.fingerprint(parameters)
-    return (
-        tuple(map(type, modules)),
-        tuple(p.data_ptr() for p in parameters),
-        tuple(versions),
-        values,
-        native_layers.isa(),
-    )
+    """Equal to an earlier one only if the weights are what they were."""
+    return tuple(map(type, modules)), state_of(parameters), isa()
 
 
 def _level(resize: Any, conv: nn.Conv2d) -> list[Callable[[Tensor], Tensor]]:

@@ -25,8 +25,10 @@ ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset take
 FORMULATION_VARIABLE = "MOE3D_CPU_FORMULATION"
 FORMULATIONS = ("auto", "low-resolution", "winograd")
 
+_BACKEND = "moe_head: the cpu backend"  # of whom errors speak
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FAILURES = {1: "out of memory", 2: "no such instruction set", 3: "an instruction set that this processor lacks"}
+_OUT_OF_MEMORY = 1
+_FAILURES = {2: "no such instruction set", 3: "an instruction set that this processor lacks"}
 
 
 class CPUBackend(Backend):
@@ -140,28 +142,33 @@ def as_head_tensors(gradients: dict[str, Tensor]) -> HeadTensors:
     return HeadTensors(*(gradients.get(name) for name in HeadTensors._fields))
 
 
-def _check(status: int) -> None:
-    if status == 1:
-        raise MemoryError("moe_head: the cpu backend ran out of memory")
+def check_status(status: int, who: str) -> None:
+    """MemoryError or RuntimeError for a status of the CPU kernels other than ok; ``who`` was called."""
+    if status == _OUT_OF_MEMORY:
+        raise MemoryError(f"{who} ran out of memory")
     if status:
-        raise RuntimeError(f"moe_head: the cpu backend failed: {FAILURES.get(status, f'status {status}')}")
+        raise RuntimeError(f"{who} failed: {_FAILURES.get(status, f'status {status}')}")
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """Changes with the values of these contiguous float32 tensors, of each of which a few are read."""
+    module: Any = _build.native().module
+    return module.fingerprint([(t.data_ptr(), t.numel()) for t in tensors])
+
+
+def state_of(tensors: Sequence[Tensor]) -> tuple:
+    """Equal to an earlier one only if these contiguous float32 tensors are what they were.
+
+    Version counters miss what is written through ``.data`` (as averages of weights are swapped in); hence a few values
+    of each tensor, too.
+    """
+    places = tuple((t.data_ptr(), t.shape) for t in tensors)
+    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    return places, versions, fingerprint(tensors)
 
 
 # By expert_w1: the state of the first layers' weights, and what was packed from them, by kind of packing.
 _packed = WeakTensorKeyDictionary()
-
-
-def _state(weights: Sequence[Tensor]) -> tuple | None:
-    """Equal to an earlier one only if the weights are what they were; None where that cannot be told.
-
-    Version counters miss what is written through ``.data``; hence a few values of each tensor, too.
-    """
-    if any(w.dtype != torch.float32 or not w.is_contiguous() for w in weights):
-        return None
-    versions = tuple(0 if w.is_inference() else w._version for w in weights)
-    sizes = [(w.data_ptr(), w.numel()) for w in weights]
-    module: Any = _build.native().module
-    return tuple(w.shape for w in weights), tuple(sizes), versions, module.fingerprint(sizes)
 
 
 class Call:
@@ -217,20 +224,20 @@ class _CPUCall(Call):
     def use_packed_weights(self, tensors: HeadTensors) -> None:
         """The first layers' weights as the kernels read them, from an earlier call if they are still the same."""
         first_layers = [w for w in (tensors.expert_w1, tensors.gate_w1) if w is not None]
-        state = _state(first_layers)
-        if state is None:
+        if any(w.dtype != torch.float32 or not w.is_contiguous() for w in first_layers):
             return
+        state = state_of(first_layers)
         kept = _packed.get(tensors.expert_w1)
         if kept is None or kept[0] != state:
             kept = _packed[tensors.expert_w1] = state, {}
         kind = self.module.cpu_formulation(self.problem), self.problem.bf16, self.problem.isa
         if kind not in kept[1]:
             status, floats = self.module.cpu_packed_floats(self.problem)
-            _check(status)
+            check_status(status, _BACKEND)
             packed = torch.empty(floats, dtype=torch.float32, device="cpu")
             self.run("cpu_pack", packed.data_ptr())
             kept[1][kind] = packed
         self.problem.packed = self._keep(kept[1][kind]).data_ptr()
 
     def run(self, function: str, *structs) -> None:
-        _check(getattr(self.module, function)(self.problem, *structs))
+        check_status(getattr(self.module, function)(self.problem, *structs), _BACKEND)

@@ -7,7 +7,6 @@ interpolation at exact positions (see csrc/decoder.h).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe3d import _build
-from moe3d.ops.native import FAILURES, isa
-
-__all__ = ["CHANNEL_STEP", "Cells", "Upsampled", "Winograd", "can_run", "fingerprint", "isa", "upsample"]
+from moe3d.ops.native import check_status, isa
 
 CHANNEL_STEP = 16
 
@@ -30,11 +27,6 @@ def can_run() -> bool:
     """Whether the compiled module is there and has the instruction set asked for."""
     module = _build.native().module
     return module is not None and module.weights_panel(isa()) > 0
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """Changes with the values of these contiguous float32 tensors, of each of which a few are read."""
-    return _module().fingerprint([(t.data_ptr(), t.numel()) for t in tensors])
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -169,11 +161,7 @@ def _run(kind: str, function: str, x: Tensor, y: Tensor, **fields: Any) -> None:
         if value is not None:
             setattr(layer, name, value.data_ptr() if isinstance(value, Tensor) else value)
     if y.numel():
-        status = getattr(_module(), function)(layer)
-        if status == 1:
-            raise MemoryError(f"the head's native {function} layer ran out of memory")
-        if status:
-            raise RuntimeError(f"the head's native {function} layer failed: {FAILURES.get(status, status)}")
+        check_status(getattr(_module(), function)(layer), f"the head's native {function} layer")
 
 
 def _panels(matrices: Tensor) -> Tensor:

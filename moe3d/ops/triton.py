@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe3d.ops import gpu
 from moe3d.ops.backend import Backend
+from moe3d.ops.mixture import SWITCH_MIN_WEIGHT
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 OLDEST_TRITON = (3, 6)
@@ -140,7 +141,7 @@ def _skip_below(options: HeadOptions, experts: int) -> float:
     a hypothesis that has a say."""
     if options.return_experts or experts == 1:
         return 0.0
-    return min(options.skip_below, 0.5 / experts, 0.01)
+    return min(options.skip_below, 0.5 / experts, SWITCH_MIN_WEIGHT)
 
 
 def _precision(x: Tensor, name: str):

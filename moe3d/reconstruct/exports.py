@@ -14,9 +14,9 @@ from PIL import Image
 
 from moe3d.evaluation import Predictions, write_predictions
 from moe3d.reconstruct.colmap import write_colmap
-from moe3d.reconstruct.exporters import write_glb, write_ply
 from moe3d.reconstruct.frames import FrameFolder, ReconstructedFrame
 from moe3d.reconstruct.images import read_image
+from moe3d.reconstruct.point_files import write_glb, write_ply
 from moe3d.reconstruct.points import PointCloud, PointSelection, select_points
 
 DEPTH_LEVELS = 65535

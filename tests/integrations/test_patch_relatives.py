@@ -129,6 +129,7 @@ def test_vggt_long_holds_its_model_in_an_adapter():
     assert_equal(models.predict(adapter.model), stock)
 
 
+@pytest.mark.relatives
 @torch.no_grad()
 def test_the_real_streamvggt():
     """Where it can be imported (PYTHONPATH=<its checkout>/src, with ``transformers``): its own class and head."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe3d.ops import native_layers
+from moe3d.ops import native, native_layers
 from moe3d.ops.native_layers import Cells, Upsampled, Winograd
 
 pytestmark = pytest.mark.skipif(not native_layers.can_run(), reason="no C++ part")
@@ -160,11 +160,11 @@ def test_no_frames():
 
 def test_a_fingerprint_changes_with_any_tensor():
     tensors = [draw(1000), draw(3, 5), draw(1)]
-    before = native_layers.fingerprint(tensors)
-    assert native_layers.fingerprint([t.clone() for t in tensors]) == before
+    before = native.fingerprint(tensors)
+    assert native.fingerprint([t.clone() for t in tensors]) == before
     for t in tensors:
         t.data += 1e-3
-        after = native_layers.fingerprint(tensors)
+        after = native.fingerprint(tensors)
         assert after != before
         before = after
 

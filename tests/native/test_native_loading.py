@@ -86,6 +86,13 @@ def test_a_build_that_failed_tells_its_reason(monkeypatch, fresh, tmp_path):
     assert "no compiler" in moe3d.backends()["cpu"]
 
 
+def test_an_installed_package_takes_no_module_of_another_one(monkeypatch, fresh, tmp_path):
+    """As there may be one where an environment sees the system's packages, too."""
+    (tmp_path / _build.RECORD).write_text('{"cpu": "it was built with MOE3D_BUILD=off", "cuda": null}')
+    monkeypatch.setattr(_build, "_PACKAGE", tmp_path)
+    assert "MOE3D_BUILD=off" in moe3d.backends()["cpu"]
+
+
 @needs_native
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, "avx9000")
