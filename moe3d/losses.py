@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe3d.geometry import invert_extrinsics, unproject
@@ -113,6 +114,27 @@ def mixture_nll(
         log_density = -0.5 * (error / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)
     log_weights = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
     return _mean_of_valid(-torch.logsumexp(log_weights + log_density, dim=2), valid)
+
+
+def at_local_level(truth: Tensor, depth: Tensor, valid: Tensor, window: int) -> Tensor:
+    """The truth moved to the prediction's own level: their ratio's mean over a window around each pixel taken away.
+
+    How far away a whole object is cannot be told by the last block of a depth head, and is noise to it; on which side
+    of an edge a pixel lies can. What is left is the latter.
+
+    Args:
+        truth, depth: [B, S, H, W], above 0 where valid; no gradient goes to ``depth``.
+        valid: [B, S, H, W] bool.
+        window: its side in pixels, odd; the mean is that of log depth over the window's valid pixels.
+
+    Returns:
+        [B, S, H, W]; 1 where not valid.
+    """
+    seen = valid.to(depth.dtype)
+    ratio = torch.where(valid, depth.detach(), 1.0).log() - torch.where(valid, truth, 1.0).log()
+    sums, counts = (F.avg_pool2d(m, window, stride=1, padding=window // 2) for m in (ratio * seen, seen))
+    level = sums / counts.clamp(min=torch.finfo(counts.dtype).eps)
+    return torch.where(valid, truth * level.exp(), 1.0)
 
 
 def expected_cost_loss(weights: Tensor, hypotheses: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
@@ -338,26 +360,37 @@ class MixtureNLL(nn.Module):
         density, log_depth: as there.
         scale: of the density, fixed; or where every expert's learned scale starts.
         learned_experts: K, to learn one scale per expert; 0 keeps ``scale`` fixed.
+        window: of :func:`at_local_level`, by the mixed depth; 0 for the truth as it is.
 
     Raises:
-        ValueError: an unknown density, a scale that is not above 0.
+        ValueError: an unknown density, a scale that is not above 0, a window that is neither odd nor 0.
     """
 
     def __init__(
-        self, density: str = "laplace", scale: float = 0.1, log_depth: bool = True, learned_experts: int = 0
+        self,
+        density: str = "laplace",
+        scale: float = 0.1,
+        log_depth: bool = True,
+        learned_experts: int = 0,
+        window: int = 0,
     ) -> None:
         super().__init__()
         if density not in DENSITIES:
             raise ValueError(f"density must be one of {', '.join(DENSITIES)}, got {density!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-        self.density, self.scale, self.log_depth = density, scale, log_depth
+        if window and (window < 0 or window % 2 == 0):
+            raise ValueError(f"window must be 0 or an odd number of pixels, got {window!r}")
+        self.density, self.scale, self.log_depth, self.window = density, scale, log_depth, window
         self.log_scale = nn.Parameter(torch.full((learned_experts,), math.log(scale))) if learned_experts else None
 
     def forward(self, predictions: Mapping[str, Any], batch: Mapping[str, Any]) -> Tensor:
         scale = self.scale if self.log_scale is None else self.log_scale.exp()[:, None, None]
         weights, hypotheses = predictions["depth_weights"], predictions["depth_hypotheses"]
-        return mixture_nll(weights, hypotheses, batch["depth"], batch["valid"], scale, self.density, self.log_depth)
+        truth, valid = batch["depth"], batch["valid"]
+        if self.window:
+            truth = at_local_level(truth, predictions["depth"].squeeze(-1), valid, self.window)
+        return mixture_nll(weights, hypotheses, truth, valid, scale, self.density, self.log_depth)
 
 
 class ExpectedCostLoss(nn.Module):

@@ -23,6 +23,7 @@ from moe3d.cli.arguments import folder
 from moe3d.data import Sample, open_dataset
 from moe3d.evaluation import Frame, flying_points
 from moe3d.integrations import patched_heads
+from moe3d.models import MINI_WIDTH
 from moe3d.ops.dispatch import AUTO, NAMES, automatic_backends
 from moe3d.reconstruct import output_folder, write_glb, write_ply
 from moe3d.reconstruct.comparison import METRICS, SceneComparison, compare_heads, prepare_views
@@ -31,7 +32,6 @@ from moe3d.viz.comparison import encode_picture, scene_pictures
 from moe3d.viz.page import PageScene, render_page
 from moe3d.viz.pictures import depth_range
 
-WIDTH = 336  # of the images: the shipped network was trained on small ones, and is worse at VGGT's 518
 ROUNDS = 5  # of timing, interleaved
 GPU_BACKENDS, CPU_BACKENDS = ("triton", "cuda"), ("cpu",)
 
@@ -120,7 +120,7 @@ def choose_backend(asked_for: str, has_gpu: bool) -> tuple[str, str]:
 
 
 def write_demo(
-    folder: Path, models: Models, scenes: Sequence[DemoScene] = SCENES, width: int = WIDTH, rounds: int = ROUNDS
+    folder: Path, models: Models, scenes: Sequence[DemoScene] = SCENES, width: int = MINI_WIDTH, rounds: int = ROUNDS
 ) -> dict:
     """Run the demo, write everything into a folder, and return what ``report.json`` holds.
 

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width",
         type=integer(PATCH, multiple_of=PATCH),
         metavar="PIXELS",
-        help="of the images that the model gets (default: 336 for mini, else 518)",
+        help="of the images that the model gets (default: 224 for mini, else 518)",
     )
 
     add = parser.add_argument_group("input").add_argument

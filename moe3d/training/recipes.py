@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe3d.losses import (
@@ -21,6 +22,7 @@ from moe3d.losses import (
     Term,
     WeightedLoss,
 )
+from moe3d.nn import MoEHead
 
 LOSSES = ("l2", "l1", "log-l1", "nll-gaussian", "nll-laplace")
 
@@ -35,6 +37,8 @@ class Recipe:
     """nll-*: the density is one of log depth."""
     scale: float = 0.1
     """nll-*: of the density."""
+    window: int = 0
+    """nll-*: of :func:`~moe3d.losses.at_local_level`, in pixels; 0 for the truth as it is."""
     learn_scale: bool = False
     """nll-*: each expert's scale is learned, from ``scale`` on."""
     entropy_weight: Schedule = CONSTANT_ZERO
@@ -49,6 +53,8 @@ class Recipe:
     image_gate: bool | str = False
     init_noise: float = 0.3
     """Of the experts, relative to each tensor's standard deviation."""
+    spread: float = 0.0
+    """Experts begin apart: evenly between so much nearer and so much farther, in log depth."""
     mode: str = "mean"
     """How the trained head decodes."""
     gap: float = 0.3
@@ -75,6 +81,12 @@ class Recipe:
             "seed": seed,
         }
 
+    @torch.no_grad()
+    def spread_experts(self, tail: MoEHead) -> None:
+        """Move the experts of a head whose activation is ``exp`` apart, as the recipe has it."""
+        if self.num_experts > 1:
+            tail.expert_b2[:, 0] += torch.linspace(-self.spread, self.spread, tail.num_experts).to(tail.expert_b2)
+
     def objective(self, train_cameras: bool = False) -> WeightedLoss:
         """The sum of losses; the camera's only where it can teach anything."""
         terms = {"depth": Term(self._depth_loss(), CONSTANT_ONE)}
@@ -89,7 +101,7 @@ class Recipe:
     def _depth_loss(self) -> nn.Module:
         if self.loss.startswith("nll-"):
             experts = self.num_experts if self.learn_scale else 0
-            return MixtureNLL(self.loss.removeprefix("nll-"), self.scale, self.log_depth, experts)
+            return MixtureNLL(self.loss.removeprefix("nll-"), self.scale, self.log_depth, experts, self.window)
         return {"l2": MoEDepthLoss, "l1": L1DepthLoss, "log-l1": LogDepthLoss}[self.loss]()
 
 
@@ -103,10 +115,14 @@ PAPER = Recipe(
 )
 BEST = Recipe(
     loss="nll-laplace",
-    expected_cost_weight=0.5,
+    scale=0.05,
+    window=31,
+    expected_cost_weight=0.25,
     camera_weight=1.0,
     num_experts=2,
     image_gate="guided",
+    init_noise=0.03,
+    spread=0.1,
     mode="switch",
 )
 RECIPES = {"paper": PAPER, "best": BEST}

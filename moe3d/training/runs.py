@@ -103,6 +103,7 @@ def _prepare(
             cache_scenes(model, held_out, count, options.cache / "val", *turns)
         process.wait_for_everyone()
     patch_vggt(model, **options.recipe.patch_options(seed))
+    options.recipe.spread_experts(patched_heads(model)["depth"].tail)
     set_trainable(model, options.part, options.recipe.camera_weight > 0)
     if options.cache is None:
         on_gpu = process.device.type == "cuda"

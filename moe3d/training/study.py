@@ -110,7 +110,7 @@ class Variant:
 
 
 _SINGLE = replace(PAPER, num_experts=1, entropy_weight=CONSTANT_ZERO, temperature=Schedule(1.0))
-_NLL = replace(BEST, image_gate=False, expected_cost_weight=0.0)
+_NLL = Recipe(loss="nll-laplace", num_experts=2, mode="switch")
 VARIANTS = {
     "single-l2": Variant("single head, L2", _SINGLE),
     "single-l1": Variant("single head, L1", replace(_SINGLE, loss="l1")),
@@ -123,9 +123,17 @@ VARIANTS = {
     "paper": Variant("MoE3D as published: L2 and entropy", PAPER),
     "nll-laplace": Variant("Laplace likelihood in log depth", _NLL),
     "nll-gaussian": Variant("Gaussian likelihood in log depth", replace(_NLL, loss="nll-gaussian")),
-    "nll-laplace-image": Variant("Laplace likelihood, image branch in the gate", replace(_NLL, image_gate=True)),
-    "nll-laplace-guided": Variant("the same, the branch guided by the features", replace(_NLL, image_gate="guided")),
-    "best": Variant("recipe best: the same with expected cost", BEST),
+    "nll-laplace-image": Variant(
+        "Laplace likelihood, image branch in the gate", replace(_NLL, image_gate=True), every_seed=False
+    ),
+    "nll-laplace-guided": Variant(
+        "the same, the branch guided by the features", replace(_NLL, image_gate="guided"), every_seed=False
+    ),
+    "best": Variant("recipe best: guided, at the local level, experts apart, expected cost", BEST),
+    "best-absolute": Variant(
+        "recipe best, not at the local level", replace(BEST, window=0, scale=0.1), every_seed=False
+    ),
+    "best-together": Variant("recipe best, experts not apart", replace(BEST, spread=0.0), every_seed=False),
     "paper-k2": Variant("as published, K = 2", replace(PAPER, num_experts=2), every_seed=False),
     "paper-k8": Variant("as published, K = 8", replace(PAPER, num_experts=8), every_seed=False),
     "paper-noise-0.03": Variant("as published, noise .03", replace(PAPER, init_noise=0.03), every_seed=False),
@@ -144,8 +152,8 @@ class StudyOptions:
     """The same for every variant."""
 
     model: str = "mini"
-    size: tuple[int, int] = (126, 168)
-    budget: HeadBudget = field(default_factory=HeadBudget)
+    size: tuple[int, int] = (98, 126)
+    budget: HeadBudget = field(default_factory=lambda: HeadBudget(steps=1200))
     seeds: int = 3
     train_scenes: int = 1200
     validation_scenes: int = 24
@@ -492,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to go on in")
     parser.add_argument("--model", default=StudyOptions.model, help="mini, or the path of weights")
     parser.add_argument("--seeds", type=int, default=StudyOptions.seeds)
-    parser.add_argument("--steps", type=int, default=HeadBudget.steps)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--train-scenes", type=int, default=StudyOptions.train_scenes)
     parser.add_argument("--test-scenes", type=int, default=StudyOptions.test_scenes)
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")

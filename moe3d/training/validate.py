@@ -25,12 +25,12 @@ from moe3d.evaluation import (
     sobel_f1,
 )
 from moe3d.losses import load_balance
+from moe3d.models import MINI_WIDTH
 from moe3d.models.mini import PATCH_SIZE
 from moe3d.training.scenes import Batch, to_device
 from moe3d.viz.pictures import depth_picture, depth_range, entropy_picture, gate_picture
 
 SIZE = (168, 224)  # of the held-out scenes
-MOTORCYCLE_WIDTH = 336
 METRICS = (
     "abs_rel", "delta1", "abs_rel_boundary", "delta1_boundary", "si_f1", "si_precision", "si_recall", "sobel_f1",
     "edge_miou", "flying_rate",
@@ -167,7 +167,7 @@ def scenes(split: str, count: int) -> tuple[Sample, ...]:
 
 
 @lru_cache
-def motorcycle(width: int = MOTORCYCLE_WIDTH) -> tuple[Sample]:
+def motorcycle(width: int = MINI_WIDTH) -> tuple[Sample]:
     """The pair, its photographs resized to ``width`` and the nearest multiple of 14; the truth at full size."""
     sample = open_dataset("motorcycle").load("motorcycle", ["left", "right"])
     height = round(width * sample.images.shape[-2] / sample.images.shape[-1] / PATCH_SIZE) * PATCH_SIZE

@@ -32,7 +32,7 @@ def _equal_states(a, b):
 def test_mini_comes_with_its_shipped_head_or_without(mini_files):
     assert _equal_states(load_model("mini"), load_mini("moe"))
     assert _equal_states(load_model("mini", "stock"), load_mini("single"))
-    assert not load_model("mini").training and input_width(load_model("mini")) == 336
+    assert not load_model("mini").training and input_width(load_model("mini")) == 224
 
 
 def test_mini_from_a_file_has_its_stock_head_unless_one_is_named(mini_files):

@@ -22,8 +22,8 @@ def model():
     torch.manual_seed(0)
     model = MiniVGGT(**TINY).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and ".encoder." not in name:  # which has no normalisation that would hold it
                 parameter.mul_(2)
     return model
 
@@ -65,15 +65,15 @@ def test_predicts_what_vggt_predicts(enable_point, training, lead):
 
 def test_has_vggts_parts():
     model = MiniVGGT()
-    assert 3.5e6 < sum(parameter.numel() for parameter in model.parameters()) < 4.5e6
+    assert 4e6 < sum(parameter.numel() for parameter in model.parameters()) < 4.6e6
     assert model.point_head is None and model.track_head is None
     assert isinstance(model.depth_head, DPTHead)
     conv3, relu, conv1 = model.depth_head.scratch.output_conv2
     assert (conv3.kernel_size, conv1.kernel_size, type(relu)) == ((3, 3), (1, 1), nn.ReLU)
     assert conv3.in_channels % 16 == 0 and conv1.out_channels == 2
     tokens, start = model.aggregator(frames(1, 2, 3, 28, 42))
-    assert start == 5 and len(tokens) == 4
-    assert {tuple(t.shape) for t in tokens} == {(1, 2, 5 + 2 * 3, 2 * 192)}
+    assert start == 5 and len(tokens) == 5
+    assert {tuple(t.shape) for t in tokens} == {(1, 2, 5 + 2 * 3, 2 * 128)}
 
 
 def test_heads_are_called_as_vggt_calls_them(model):
@@ -273,7 +273,7 @@ def test_integer_images_are_refused(model):
     ("sizes", "argument"),
     [
         ({"embed_dim": 36}, "embed_dim"),
-        ({"depth": 3}, "depth"),
+        ({"depth": 0}, "depth"),
         ({"num_heads": 0}, "num_heads"),
         ({"features": 48}, "features"),
     ],

@@ -88,7 +88,7 @@ def test_file_of_another_model_is_refused(path):
 
 @pytest.mark.parametrize(
     "config",
-    [None, "{", "[]", json.dumps(SIZES | {"width": 3}), json.dumps(SIZES | {"depth": 2}), json.dumps({"depth": "5"})],
+    [None, "{", "[]", json.dumps(SIZES | {"width": 3}), json.dumps(SIZES | {"depth": 0}), json.dumps({"depth": "5"})],
 )
 def test_unusable_configuration_is_refused(path, config):
     rewrite(path, config=config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,4 +69,14 @@ def test_the_shipped_stage_writes_two_files_that_share_everything_but_the_tail(t
     assert changed == {name for name in single if "output_conv2" in name}
     moe = load_head(load_mini(path=tmp_path / "mini_single.safetensors"), tmp_path / "mini_moe_head.safetensors")
     tail = patched_heads(moe)["depth"].tail
-    assert (tail.num_experts, tail.mode) == (BEST.num_experts, BEST.mode) and tail.gate_w2.abs().sum() > 0
+    assert (tail.num_experts, tail.mode) == (BEST.num_experts, FinetuneOptions().mode) and tail.gate_w2.abs().sum() > 0
+
+
+def test_experts_begin_apart_and_a_single_one_stays_where_it_is(head_trainer):
+    recipe = replace(BEST, num_experts=3, spread=0.2, init_noise=0.0)
+    head = mixture_head(head_trainer.block, recipe, 0)
+    log_depth = head_trainer.block[2].bias[0]
+    torch.testing.assert_close(head.expert_b2[:, 0], log_depth + torch.tensor([-0.2, 0.0, 0.2]))
+    assert torch.equal(head.expert_b2[:, 1], head_trainer.block[2].bias[1].expand(3))
+    alone = mixture_head(head_trainer.block, replace(recipe, loss="log-l1", num_experts=1), 0)
+    assert torch.equal(alone.expert_b2[0], head_trainer.block[2].bias)

@@ -18,6 +18,7 @@ from moe3d.losses import (
     Schedule,
     Term,
     WeightedLoss,
+    at_local_level,
     camera_loss,
     confidence_loss,
     entropy_loss,
@@ -257,6 +258,29 @@ def test_an_unknown_density_and_a_scale_of_zero_are_refused(mixture):
         mixture_nll(*mixture, density="cauchy")
     with pytest.raises(ValueError, match="scale must be a finite number above 0, got 0"):
         MixtureNLL(scale=0)
+
+
+def test_the_truth_at_the_predictions_level_keeps_its_steps_only(maps):
+    depth, truth, valid = maps
+    moved = at_local_level(truth, depth, valid, 3)
+    for b, s, y, x in pixels(valid):
+        window = (b, s, slice(max(0, y - 1), y + 2), slice(max(0, x - 1), x + 2))
+        ratio = (depth[window].log() - truth[window].log())[valid[window]].mean()
+        assert moved[b, s, y, x].item() == pytest.approx(truth[b, s, y, x].item() * math.exp(ratio))
+    assert (moved[~valid] == 1).all()
+    assert torch.allclose(at_local_level(7 * truth, depth, valid, 3), moved)  # a factor is no step
+
+
+def test_a_likelihood_at_the_local_level_ignores_a_factor_and_teaches_nothing_through_the_mean(mixture):
+    weights, hypotheses, truth, valid = mixture
+    depth = (weights * hypotheses).sum(2).requires_grad_()
+    predictions = {"depth_weights": weights, "depth_hypotheses": hypotheses, "depth": depth[..., None]}
+    loss = MixtureNLL(window=3)
+    near, far = (loss(predictions, {"depth": factor * truth, "valid": valid}) for factor in (1.0, 5.0))
+    torch.testing.assert_close(near, far)
+    assert not near.requires_grad
+    with pytest.raises(ValueError, match=r"^window must be 0 or an odd number of pixels, got 4$"):
+        MixtureNLL(window=4)
 
 
 def test_load_balance_counts_weights_choices_and_the_dead():
