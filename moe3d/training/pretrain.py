@@ -55,7 +55,7 @@ class PretrainOptions:
     weight_decay: float = 0.05
     frames: int = 4
     """Per step and process."""
-    stages: tuple[tuple[float, int], ...] = ((0.0, 9_500), (0.45, 18_000), (0.8, 38_000))
+    stages: tuple[tuple[float, int], ...] = ((0.0, 9_500), (0.5, 16_000), (0.85, 30_000))
     """From which progress on a frame has at most how many pixels. Most is learnt from many small pictures."""
     seed: int = 0
     autocast: bool = field(default_factory=torch.cpu._is_avx512_bf16_supported)
