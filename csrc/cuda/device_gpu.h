@@ -127,7 +127,7 @@ inline Device current_device() {
 }
 
 template <class Kernel, class = void>
-constexpr int kBlocksOfProcessor = 1;  // or Kernel::kBlocks, for which registers must suffice
+constexpr int kBlocksOfProcessor = 0;  // the compiler's choice; or Kernel::kBlocks, for which registers must suffice
 template <class Kernel>
 constexpr int kBlocksOfProcessor<Kernel, std::void_t<decltype(Kernel::kBlocks)>> = Kernel::kBlocks;
 

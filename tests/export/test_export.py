@@ -45,8 +45,9 @@ def run_onnx(path, *inputs):
 
 def test_a_patched_head_as_onnx_with_any_number_of_frames(tmp_path):
     model = patched(mode="switch", image_gate=True)
-    dynamic = ([{1: FRAMES}] * 4, {1: FRAMES}, None)
-    moe3d.export.to_onnx(model.depth_head, head_arguments(model, 2), tmp_path / "head.onnx", dynamic_shapes=dynamic)
+    arguments = head_arguments(model, 2)
+    dynamic = ([{1: FRAMES}] * len(arguments[0]), {1: FRAMES}, None)
+    moe3d.export.to_onnx(model.depth_head, arguments, tmp_path / "head.onnx", dynamic_shapes=dynamic)
     assert [file.name for file in tmp_path.iterdir()] == ["head.onnx"]
     for frames in (1, 2, 9):
         tokens, batch, start = head_arguments(model, frames)

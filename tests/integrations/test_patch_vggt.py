@@ -491,7 +491,8 @@ def test_activation_checkpointing(use_reentrant):
         return dict(zip(keys, found, strict=True))
 
     for a, b in zip(gradients(checkpointed), plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+        # The gradient of an encoder's bias is a sum over all pixels that nearly cancels.
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
     assert model.depth_head.extras == {}
 
 
