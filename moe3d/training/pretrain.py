@@ -212,11 +212,12 @@ def scale_initial_weights(model: MiniVGGT) -> None:
         if isinstance(module, nn.Conv2d):
             module.weight.normal_(std=module.weight[0].numel() ** -0.5)
     for level, cells in enumerate((4, 2)):
-        _unpack(model.depth_head.projects[level], model.depth_head.resize_layers[level], cells)
+        head = model.depth_head
+        _unpack(cast(nn.Conv2d, head.projects[level]), cast(nn.ConvTranspose2d, head.resize_layers[level]), cells)
     cast(nn.Conv2d, output_block(model)[-1]).weight.mul_(0.2)  # begins near a depth of one
 
 
-def _unpack(project: nn.Module, resize: nn.Module, cells: int) -> None:
+def _unpack(project: nn.Conv2d, resize: nn.ConvTranspose2d, cells: int) -> None:
     """Let a level begin by unpacking a detail of :class:`~moe3d.models.mini.PatchEmbed`: each cell in its own place.
 
     Both layers see whole patches; what they would have to find out is which numbers belong to which cell.
