@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe3d.models.dpt import DPTHead
-from moe3d.models.encoder import Encoder
+from moe3d.models.encoder import Encoder, InvertedResidual
 from moe3d.models.layers import Block, rotary_table
 from moe3d.position import position_map, position_tables
 
@@ -247,6 +247,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, InvertedResidual):  # after its layers: no ReLU follows the last one
+        nn.init.kaiming_normal_(module.project.weight, nonlinearity="linear")
 
 
 def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> None:

@@ -500,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to go on in")
     parser.add_argument("--model", default=StudyOptions.model, help="mini, or the path of weights")
     parser.add_argument("--seeds", type=int, default=StudyOptions.seeds)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=StudyOptions().budget.steps)
     parser.add_argument("--train-scenes", type=int, default=StudyOptions.train_scenes)
     parser.add_argument("--test-scenes", type=int, default=StudyOptions.test_scenes)
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")

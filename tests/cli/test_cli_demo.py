@@ -319,9 +319,8 @@ def test_the_shipped_weights_run_at_the_demos_own_size(tmp_path):
     report = demo.write_demo(tmp_path, demo.load_models("auto"), demo.SCENES[:1], rounds=1)
     (scene,) = report["scenes"]
     assert scene["model_size"] == [154, 224]
-    assert all(
-        scene[head]["delta1"] > 0.7 for head in ("stock", "moe")
-    )  # the model card says 0.76; a constant has 0.55
+    # the model card says 0.86 and 0.80; a constant has 0.55
+    assert all(scene[head]["delta1"] > 0.75 for head in ("stock", "moe"))
 
 
 def test_the_scenes_are_what_the_report_says():
