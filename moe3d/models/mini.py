@@ -247,8 +247,8 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, InvertedResidual):  # after its layers: no ReLU follows the last one
-        nn.init.kaiming_normal_(module.project.weight, nonlinearity="linear")
+    elif isinstance(module, InvertedResidual):  # after its layers; nothing normalises what residuals add up to
+        nn.init.normal_(module.project.weight, std=0.5 * module.project.in_channels**-0.5)
 
 
 def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> None:
