@@ -24,7 +24,7 @@ PATCH_SIZE = 14
 
 
 class PatchEmbed(nn.Module):
-    """Images [N, 3, 14 h, 14 w] in [0, 1] to patch tokens [N, h * w, dim], and what is seen within each patch.
+    """Images [N, 3, 14 h, 14 w] in [0, 1] to patches [N, dim, h, w], and what is seen within each of them.
 
     The details are feature maps of 4 x 4 and 2 x 2 cells a patch, packed patch by patch, so that a DPT head can unpack
     them: its first two levels read them where others read early layers of a transformer, which a shallow one lacks.
