@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from moe3d.models import load_mini
-from moe3d.nn import MoEHead
 from moe3d.training.features import CachedScenes, FeatureNetwork
+from moe3d.training.heads import mixture_head
 from moe3d.training.networks import Supervised
 from moe3d.training.recipes import Recipe
 from moe3d.training.trainer import Trainer, TrainOptions
@@ -29,9 +29,7 @@ def trainer(
 ) -> Trainer:
     """Of a small head on the model's output block."""
     block = load_mini(path=weights).depth_head.scratch.output_conv2
-    patch = recipe.patch_options(seed=0)
-    head = MoEHead.from_conv_block(block, patch.pop("num_experts"), patch.pop("gate_hidden"), **patch)
-    supervised = Supervised(FeatureNetwork(head), recipe.objective())
+    supervised = Supervised(FeatureNetwork(mixture_head(block, recipe, 0)), recipe.objective())
     return Trainer(supervised, CachedScenes(cache, options.seed), options, folder, **more)
 
 
