@@ -20,13 +20,35 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int64_t kTileRanks = 16;  // low-resolution rows of a tile
-constexpr int64_t kChunk = 16;      // output rows visited together
+constexpr int64_t kLeastRows = 28, kMostRows = 64;  // output rows to a tile, about
 constexpr int64_t kSlots = 16;
 
 struct Tile {
   int64_t frame;
   Span ranks;
+};
+
+// The larger a tile, the less is recomputed twice; but there shall be one for every slot.
+std::vector<Tile> split_into_tiles(const Problem& p, int64_t ranks) {
+  const int64_t enough = std::min(divide_up(p.height, kLeastRows), divide_up(kSlots, std::max<int64_t>(p.batch, 1)));
+  const int64_t size = divide_up(ranks, std::max(divide_up(p.height, kMostRows), enough));
+  std::vector<Tile> tiles;
+  for (int64_t frame = 0; frame < p.batch; ++frame)
+    for (int64_t rank = 0; rank < ranks; rank += size) tiles.push_back({frame, {rank, std::min(rank + size, ranks)}});
+  return tiles;
+}
+
+// The most of any tile: its own low-resolution rows, the output rows that read one of them, and what those read.
+struct Extent {
+  Extent(const std::vector<Tile>& tiles, const RowPlan& plan) {
+    for (const Tile& tile : tiles) {
+      const Span readers = plan.readers(tile.ranks);
+      ranks = std::max(ranks, tile.ranks.size());
+      rows = std::max(rows, readers.size());
+      ranks_read = std::max(ranks_read, plan.ranks(readers).size());
+    }
+  }
+  int64_t ranks = 0, rows = 0, ranks_read = 0;
 };
 
 // What is wanted, and the sizes of one group's sums.
@@ -77,8 +99,9 @@ void add(const From* from, int64_t count, To* to) {
 // Group weights for dx = W . dG: [group][panel of channels][tap and n][channel].
 class TransposedWeights {
  public:
-  TransposedWeights(const PackedHead& head)
+  TransposedWeights(const PackedHead& head, bool wanted)
       : panel_(head.kernels.narrow_panel), panels_(divide_up(head.problem.channels, panel_)) {
+    if (!wanted) return;
     data_ = zeros(head.groups() * group_floats());
     parallel_for(head.groups(), head.problem.threads, [&](int64_t g, int) { pack(head, g); });
   }
@@ -96,8 +119,8 @@ class TransposedWeights {
     const float* w1 = head.w1(group.branch) + group.first_channel * channels * kTaps;
     float* out = data_ + g * group_floats();
     for (int64_t n = 0; n < group.channels; ++n)
-      for (int64_t c = 0; c < channels; ++c)
-        for (int tap = 0; tap < kTaps; ++tap)
+      for (int tap = 0; tap < kTaps; ++tap)
+        for (int64_t c = 0; c < channels; ++c)
           out[(c / panel_ * kColumn + tap * kGroup + n) * panel_ + c % panel_] = w1[(n * channels + c) * kTaps + tap];
   }
 
@@ -108,7 +131,7 @@ class TransposedWeights {
 class Backward {
  public:
   Backward(const PackedHead& head, const TransposedWeights& transposed, const RowPlan& rows,
-           const ColumnPlan& columns, const Cotangents& cotangents, const Gradients& gradients)
+           const ColumnPlan& columns, const Extent& extent, const Cotangents& cotangents, const Gradients& gradients)
       : head_(head),
         p_(head.problem),
         transposed_(transposed),
@@ -117,30 +140,30 @@ class Backward {
         cotangents_(cotangents),
         gradients_(gradients),
         wanted_(head, gradients),
-        hidden_rows_(head, rows, columns, kChunk),
+        hidden_rows_(head, rows, columns, extent.rows, extent.ranks_read),
+        most_rows_(extent.rows),
         row_floats_(p_.width * kGroup),
         in_columns_(round_up(p_.in_width, head.kernels.block_rows)),
-        hidden_(head.groups() * kChunk * row_floats_),
-        adjoint_(head.groups() * kTileRanks * 3 * row_floats_),
+        hidden_(head.groups() * most_rows_ * row_floats_),
+        adjoint_(extent.ranks * 3 * row_floats_),
+        begun_(extent.ranks * 3),
         scratch_(mix_scratch_floats(p_)),
         products_((in_columns_ + 1) * kColumn),
-        pixels_(zeros(in_columns_ * head.layout.floats() + head.kernels.block_rows)),
-        grad_x_(in_columns_ * transposed.padded_channels()) {
+        grad_x_(wanted_.x ? extent.ranks * grad_row_floats() : 0) {
     for (int64_t branch = 0; branch <= p_.experts; ++branch)
-      z_.emplace_back(kChunk * p_.width * head.padded_outputs(branch));
+      z_.emplace_back(most_rows_ * p_.width * head.padded_outputs(branch));
   }
 
   void run(const Tile& tile, Sums& sums) {
     tile_ = tile;
-    std::memset(adjoint_.data(), 0, head_.groups() * kTileRanks * 3 * row_floats_ * sizeof(float));
-    const Span rows = plan_.readers(tile.ranks);
-    for (int64_t Y = rows.begin; Y < rows.end; Y += kChunk) {
-      rows_ = {Y, std::min(Y + kChunk, rows.end)};
-      recompute();
-      differentiate_mixture(sums);
-      for (int64_t g = 0; g < head_.groups(); ++g) differentiate_hidden(g, sums);
+    rows_ = plan_.readers(tile.ranks);
+    recompute();
+    differentiate_mixture(sums);
+    for (int64_t g = 0; g < head_.groups(); ++g) {
+      differentiate_hidden(g, sums);
+      for (int64_t rank = tile.ranks.begin; rank < tile.ranks.end; ++rank) differentiate_first_layer(g, rank, sums);
     }
-    for (int64_t rank = tile.ranks.begin; rank < tile.ranks.end; ++rank) differentiate_first_layer(rank, sums);
+    if (wanted_.x) write_pixels();
   }
 
  private:
@@ -148,13 +171,15 @@ class Backward {
     const int64_t first = plan_.terms(Y).term[0].rank;
     return first >= tile_.ranks.begin && first < tile_.ranks.end;
   }
-  float* hidden(int64_t g, int64_t Y) { return hidden_ + (g * kChunk + Y - rows_.begin) * row_floats_; }
+  float* hidden(int64_t g, int64_t Y) { return hidden_ + (g * most_rows_ + Y - rows_.begin) * row_floats_; }
   float* z(int64_t branch, int64_t Y) {
     return z_[branch] + (Y - rows_.begin) * p_.width * head_.padded_outputs(branch);
   }
-  float* adjoint(int64_t g, int64_t rank) {
-    return adjoint_ + (g * kTileRanks + rank - tile_.ranks.begin) * 3 * row_floats_;
-  }
+  // The first of three rows, one for each row of taps.
+  int64_t adjoint_row(int64_t rank) const { return (rank - tile_.ranks.begin) * 3; }
+  float* adjoint(int64_t row) { return adjoint_ + row * row_floats_; }
+  int64_t grad_row_floats() const { return in_columns_ * transposed_.padded_channels(); }
+  float* grad_row(int64_t rank) { return grad_x_ + (rank - tile_.ranks.begin) * grad_row_floats(); }
 
   void recompute() {
     hidden_rows_.begin_chunk(tile_.frame, rows_);
@@ -226,6 +251,7 @@ class Backward {
   void differentiate_hidden(int64_t g, Sums& sums) {
     const int64_t branch = head_.group(g).branch, padded = head_.padded_outputs(branch);
     const int64_t outputs = head_.outputs(branch);
+    std::fill(begun_.begin(), begun_.end(), uint8_t{0});
     for (int64_t Y = rows_.begin; Y < rows_.end; ++Y) {
       float* row = hidden(g, Y);
       if (owns(Y)) head_.kernels.second_layer_weights(row, p_.width, z(branch, Y), padded, outputs, sums.w2_of(g));
@@ -235,7 +261,9 @@ class Backward {
       for (int t = 0; t < terms.count; ++t) {
         const RowPlan::Term& term = terms.term[t];
         if (term.rank < tile_.ranks.begin || term.rank >= tile_.ranks.end) continue;
-        head_.kernels.add_row(row, term.weight, row_floats_, adjoint(g, term.rank) + term.dy * row_floats_);
+        const int64_t to = adjoint_row(term.rank) + term.dy;
+        head_.kernels.add_row(row, term.weight, row_floats_, begun_[to], adjoint(to));
+        begun_[to] = 1;
       }
     }
   }
@@ -243,10 +271,10 @@ class Backward {
   // The bias, and the position embedding's row part: its outer taps are padding in the outermost columns.
   void sum_row(int64_t g, int64_t Y, const float* row, Sums& sums) {
     double total[kGroup] = {};
-    for (int64_t X = 0; X < p_.width; ++X) add(row + X * kGroup, kGroup, total);
+    head_.kernels.sum_pixels(row, p_.width, total);
     add(total, kGroup, sums.b1_of(g));
     if (!wanted_.columns) return;
-    float by_tap[3][kGroup];
+    alignas(64) float by_tap[3][kGroup];
     const float* last = row + (p_.width - 1) * kGroup;
     for (int n = 0; n < kGroup; ++n) {
       by_tap[0][n] = static_cast<float>(total[n] - row[n]);
@@ -258,31 +286,28 @@ class Backward {
       const int64_t at = Y + dy - 1;
       if (at < 0 || at >= p_.height) continue;
       for (int64_t c = 0; c < half; ++c) {
-        const float position = p_.pos_y[at * half + c];
         float* out = sums.w1_of(g) + (half + c) * kColumn + dy * kRowTap;
-        for (int i = 0; i < kRowTap; ++i) out[i] += position * by_tap[i / kGroup][i % kGroup];
+        head_.kernels.add_row(by_tap[0], p_.pos_y[at * half + c], kRowTap, true, out);
       }
     }
   }
 
-  void differentiate_first_layer(int64_t rank, Sums& sums) {
+  void differentiate_first_layer(int64_t g, int64_t rank, Sums& sums) {
     if (!wanted_.x && !wanted_.first_layer) return;
-    const int64_t row = plan_.source_row(rank);
-    if (wanted_.first_layer)
-      pack_row(p_, head_.layout, tile_.frame, row, {0, p_.in_width}, pixels_.data());
-    for (int64_t g = 0; g < head_.groups(); ++g) {
-      if (wanted_.columns) add(adjoint(g, rank), 3 * row_floats_, sums.columns_of(g));
-      std::memset(products_.data(), 0, (in_columns_ + 1) * kColumn * sizeof(float));
-      head_.kernels.scatter_columns(adjoint(g, rank), row_floats_, columns_.blends(), p_.width, products_.data());
-      if (wanted_.first_layer) add_weight_gradient(sums.w1_of(g));
-      if (wanted_.x) add_pixel_gradient(g);
-    }
-    if (wanted_.x) write_pixels(row);
+    const int64_t first = adjoint_row(rank);
+    for (int64_t row = first; row < first + 3; ++row)
+      if (!begun_[row]) std::memset(adjoint(row), 0, row_floats_ * sizeof(float));
+    const float* rows = adjoint(first);
+    if (wanted_.columns) head_.kernels.add_row(rows, 1.f, 3 * row_floats_, true, sums.columns_of(g));
+    std::memset(products_.data(), 0, (in_columns_ + 1) * kColumn * sizeof(float));
+    head_.kernels.scatter_columns(rows, row_floats_, columns_.blends(), p_.width, products_.data());
+    if (wanted_.first_layer) add_weight_gradient(hidden_rows_.packed_row(rank), sums.w1_of(g));
+    if (wanted_.x) add_pixel_gradient(g, grad_row(rank));
   }
 
-  void add_weight_gradient(float* grad_w1) {
+  void add_weight_gradient(const float* pixels, float* grad_w1) {
     Gemm gemm = {};
-    gemm.a = pixels_.data();
+    gemm.a = pixels;
     gemm.a_row = 1;  // channels
     gemm.a_depth = head_.layout.floats();
     gemm.b = products_.data();
@@ -297,7 +322,7 @@ class Backward {
     head_.kernels.gemm(gemm);
   }
 
-  void add_pixel_gradient(int64_t g) {
+  void add_pixel_gradient(int64_t g, float* grad_x) {
     Gemm gemm = {};
     gemm.a = products_.data();
     gemm.a_row = kColumn;  // pixels
@@ -305,7 +330,7 @@ class Backward {
     gemm.b = transposed_.group(g);
     gemm.b_panel = transposed_.panel_floats();
     gemm.b_depth = head_.kernels.narrow_panel;
-    gemm.c = grad_x_.data();
+    gemm.c = grad_x;
     gemm.c_row = transposed_.padded_channels();
     gemm.row_blocks = in_columns_ / head_.kernels.block_rows;
     gemm.panels = transposed_.panels();
@@ -314,10 +339,14 @@ class Backward {
     head_.kernels.gemm_narrow(gemm);
   }
 
-  void write_pixels(int64_t row) {
-    float* out = gradients_.x + (tile_.frame * p_.in_height + row) * p_.in_width * p_.channels;
-    for (int64_t i = 0; i < p_.in_width; ++i)
-      std::memcpy(out + i * p_.channels, grad_x_ + i * transposed_.padded_channels(), p_.channels * sizeof(float));
+  void write_pixels() {
+    for (int64_t rank = tile_.ranks.begin; rank < tile_.ranks.end; ++rank) {
+      const int64_t row = tile_.frame * p_.in_height + plan_.source_row(rank);
+      float* out = gradients_.x + row * p_.in_width * p_.channels;
+      for (int64_t i = 0; i < p_.in_width; ++i)
+        std::memcpy(out + i * p_.channels, grad_row(rank) + i * transposed_.padded_channels(),
+                    p_.channels * sizeof(float));
+    }
   }
 
   const PackedHead& head_;
@@ -329,28 +358,28 @@ class Backward {
   const Gradients& gradients_;
   const Wanted wanted_;
   HiddenRows hidden_rows_;
-  const int64_t row_floats_, in_columns_;
-  Buffer hidden_;    // [group][chunk row][X][kGroup]: activations, then gh
-  Buffer adjoint_;   // [group][tile's rank][dy][X][kGroup]: V
+  const int64_t most_rows_, row_floats_, in_columns_;
+  Buffer hidden_;    // [group][tile's row][X][kGroup]: activations, then gh
+  Buffer adjoint_;   // of one group, [tile's rank][dy][X][kGroup]: V
+  std::vector<uint8_t> begun_;  // [tile's rank][dy]: whether that row holds a sum
   Buffer scratch_;
   Buffer products_;  // one row of dG for one group, and the column that takes what is padding
-  Buffer pixels_;    // the same row of x, with room to read a whole block of channels at its last pixel
-  Buffer grad_x_;    // the same row's gradient
+  Buffer grad_x_;    // [tile's rank][low-resolution column][padded channels]
   std::vector<Buffer> z_;
   Tile tile_ = {};
   Span rows_ = {0, 0};
 };
 
 // The position embedding's column part of a group's weight gradient.
-void add_column_part(const Problem& p, const float* column_sums, float* grad_w1) {
+void add_column_part(const PackedHead& head, const float* column_sums, float* grad_w1) {
+  const Problem& p = head.problem;
   const int64_t half = p.channels / 2, W = p.width;
   for (int dy = 0; dy < 3; ++dy)
     for (int dx = 0; dx < 3; ++dx)
       for (int64_t X = dx == 0 ? 1 : 0; X < (dx == 2 ? W - 1 : W); ++X)
         for (int64_t c = 0; c < half; ++c) {
-          const float position = p.pos_x[(X + dx - 1) * half + c];
           float* out = grad_w1 + c * kColumn + dy * kRowTap + dx * kGroup;
-          for (int n = 0; n < kGroup; ++n) out[n] += position * column_sums[(dy * W + X) * kGroup + n];
+          head.kernels.add_row(column_sums + (dy * W + X) * kGroup, p.pos_x[(X + dx - 1) * half + c], kGroup, true, out);
         }
 }
 
@@ -386,7 +415,7 @@ void write_parameters(const PackedHead& head, std::vector<Sums>& slots, const Gr
       add(slots[s].w2_of(g), wanted.w2, total.w2_of(g));
       add(slots[s].columns_of(g), wanted.column_sums, total.columns_of(g));
     }
-    if (wanted.columns) add_column_part(p, total.columns_of(g), total.w1_of(g));
+    if (wanted.columns) add_column_part(head, total.columns_of(g), total.w1_of(g));
     write_group(head, g, total, out);
   });
   for (int64_t branch = 0; branch <= p.experts; ++branch) {
@@ -400,14 +429,11 @@ void write_parameters(const PackedHead& head, std::vector<Sums>& slots, const Gr
 void run(const Problem& p, const Kernels& kernels, const Cotangents& cotangents, const Gradients& gradients) {
   PackedHead head(p, kernels, false);
   head.use(nullptr);
-  const TransposedWeights transposed(head);
+  const TransposedWeights transposed(head, gradients.x != nullptr);
   const RowPlan rows(p.in_height, p.height);
   const ColumnPlan columns(p.in_width, p.width, round_up(p.in_width, kernels.block_rows));
-  std::vector<Tile> tiles;
-  for (int64_t frame = 0; frame < p.batch; ++frame)
-    for (int64_t rank = 0; rank < rows.count(); rank += kTileRanks)
-      tiles.push_back({frame, {rank, std::min(rank + kTileRanks, rows.count())}});
-
+  const std::vector<Tile> tiles = split_into_tiles(p, rows.count());
+  const Extent extent(tiles, rows);
   const auto tile_count = static_cast<int64_t>(tiles.size()), slot_count = std::min(kSlots, tile_count);
   const Wanted wanted(head, gradients);
   std::vector<Sums> slots;
@@ -415,7 +441,7 @@ void run(const Problem& p, const Kernels& kernels, const Cotangents& cotangents,
   std::vector<std::unique_ptr<Backward>> workers;  // made here: an exception must not leave a thread of the team
   for (int64_t worker = 0; worker < std::min<int64_t>(p.threads, slot_count); ++worker)
     workers.push_back(
-        std::make_unique<Backward>(head, transposed, rows, columns, cotangents, gradients));
+        std::make_unique<Backward>(head, transposed, rows, columns, extent, cotangents, gradients));
 
   if (gradients.x && rows.count() < p.in_height)  // rows that downsampling skips
     std::memset(gradients.x, 0, p.batch * p.in_height * p.in_width * p.channels * sizeof(float));

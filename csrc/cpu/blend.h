@@ -102,8 +102,18 @@ void second_layer_weights(const float* hidden, int64_t count, const float* grad_
     }
 }
 
-void add_row(const float* row, float weight, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(out + i) + weight * load(row + i));
+void add_row(const float* row, float weight, int64_t count, bool accumulate, float* out) {
+  if (accumulate)
+    for (int64_t i = 0; i < count; i += kLanes) store(out + i, load(out + i) + weight * load(row + i));
+  else
+    for (int64_t i = 0; i < count; i += kLanes) store(out + i, weight * load(row + i));
+}
+
+void sum_pixels(const float* row, int64_t count, double* total) {
+  double sum[kGroup] = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int n = 0; n < kGroup; ++n) sum[n] += static_cast<double>(row[i * kGroup + n]);
+  for (int n = 0; n < kGroup; ++n) total[n] += sum[n];
 }
 
 void scatter_columns(const float* rows, int64_t row_plane, const ColumnBlend* blends, int64_t width, float* products) {

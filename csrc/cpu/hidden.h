@@ -14,8 +14,10 @@ namespace moe::cpu {
 
 class HiddenRows {
  public:
-  // `chunk` is the most output rows that lie between two calls of begin_chunk.
-  HiddenRows(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, int64_t chunk);
+  // `chunk` is the most output rows that lie between two calls of begin_chunk. What they read, and no less than the last
+  // `packed_rows` low-resolution rows, can be had from packed_row().
+  HiddenRows(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, int64_t chunk,
+             int64_t packed_rows = 0);
 
   int64_t tiles() const { return tiles_; }
   Span tile(int64_t t) const;  // its output columns

@@ -37,6 +37,7 @@ Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
   kernels.second_layer_backward = second_layer_backward;
   kernels.second_layer_weights = second_layer_weights;
   kernels.add_row = add_row;
+  kernels.sum_pixels = sum_pixels;
   kernels.scatter_columns = scatter_columns;
   return kernels;
 }

@@ -160,8 +160,10 @@ struct Kernels {
   // grad_w2 [outputs][kGroup] += sum_i grad_z[i] (x) hidden[i].
   void (*second_layer_weights)(const float* hidden, int64_t count, const float* grad_z, int64_t z_pixel,
                                int64_t outputs, float* grad_w2);
-  // out += weight * row, `count` floats (a multiple of kGroup).
-  void (*add_row)(const float* row, float weight, int64_t count, float* out);
+  // out (+)= weight * row, `count` floats (a multiple of kGroup).
+  void (*add_row)(const float* row, float weight, int64_t count, bool accumulate, float* out);
+  // total [kGroup] += the sum over `count` pixels of a row.
+  void (*sum_pixels)(const float* row, int64_t count, double* total);
   // The adjoint of blend_columns: products[blend] += weight * rows[dy][X], for the three rows of taps.
   void (*scatter_columns)(const float* rows, int64_t row_plane, const ColumnBlend* blends, int64_t width,
                           float* products);
