@@ -132,9 +132,15 @@ def at_local_level(truth: Tensor, depth: Tensor, valid: Tensor, window: int) -> 
     """
     seen = valid.to(depth.dtype)
     ratio = torch.where(valid, depth.detach(), 1.0).log() - torch.where(valid, truth, 1.0).log()
-    sums, counts = (F.avg_pool2d(m, window, stride=1, padding=window // 2) for m in (ratio * seen, seen))
+    sums, counts = (_window_mean(m, window) for m in (ratio * seen, seen))
     level = sums / counts.clamp(min=torch.finfo(counts.dtype).eps)
     return torch.where(valid, truth * level.exp(), 1.0)
+
+
+def _window_mean(values: Tensor, window: int) -> Tensor:
+    """Around each pixel, with zeros beyond the border: along rows, then columns, as a square costs its area."""
+    rows = F.avg_pool2d(values, (1, window), stride=1, padding=(0, window // 2))
+    return F.avg_pool2d(rows, (window, 1), stride=1, padding=(window // 2, 0))
 
 
 def expected_cost_loss(weights: Tensor, hypotheses: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
@@ -171,7 +177,12 @@ def load_balance(weights: Tensor) -> LoadBalance:
     """The balance of a gate's weights [B, S, K, H, W] over all pixels."""
     experts = weights.shape[2]
     chosen = torch.bincount(weights.argmax(2).flatten(), minlength=experts) / (weights.numel() / experts)
-    return LoadBalance(weights.mean(dim=(0, 1, 3, 4)), chosen.to(weights.dtype))
+    return LoadBalance(mean_weight(weights), chosen.to(weights.dtype))
+
+
+def mean_weight(weights: Tensor) -> Tensor:
+    """Each expert's mean weight [K] over all pixels of weights [B, S, K, H, W]."""
+    return weights.mean(dim=(0, 1, 3, 4))
 
 
 def entropy_loss(entropy: Tensor) -> Tensor:

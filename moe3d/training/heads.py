@@ -28,8 +28,8 @@ MakeHead = Callable[[nn.Sequential, Recipe, int], nn.Module]
 class HeadBudget:
     """What every head gets."""
 
-    steps: int = 1500
-    batch: int = 1
+    steps: int = 1200
+    batch: int = 4
     """Scenes per step."""
     rates: tuple[float, ...] = (1e-4, 5e-4, 2e-3)
     """Learning rates to choose from."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe3d.integrations import patched_heads
-from moe3d.losses import WeightedLoss, load_balance
+from moe3d.losses import WeightedLoss, mean_weight
 from moe3d.nn import MoEHead
 from moe3d.training.scenes import Batch
 
@@ -84,7 +84,7 @@ class Supervised(nn.Module):
         with torch.autocast(batch["depth"].device.type, enabled=False):
             losses = self.objective(predictions, batch, progress)
         if "depth_weights" in predictions:
-            losses["balance"] = load_balance(predictions["depth_weights"]).mean_weight
+            losses["balance"] = mean_weight(predictions["depth_weights"])
         return losses
 
 

@@ -46,8 +46,10 @@ class Recipe:
     camera_weight: float = 0.0
     """Of VGGT's camera loss, where the camera head is trained."""
     expected_cost_weight: float = 0.0
+    level_weight: float = 0.0
+    """Of L1 in log depth on the mixed depth: what a likelihood at the local level leaves open."""
     temperature: Schedule = CONSTANT_ONE
-    """Of the gate's softmax; the last value stays in the trained head."""
+    """Of the gate's softmax."""
     num_experts: int = 4
     gate_hidden: int = 128
     image_gate: bool | str = False
@@ -56,7 +58,9 @@ class Recipe:
     spread: float = 0.0
     """Experts begin apart: evenly between so much nearer and so much farther, in log depth."""
     mode: str = "mean"
-    """How the trained head decodes."""
+    """How the trained head decodes ..."""
+    decode_temperature: float = 1.0
+    """... with the temperature of the last step multiplied by this: below 1 a mean keeps more to one expert."""
     gap: float = 0.3
 
     def __post_init__(self) -> None:
@@ -81,6 +85,10 @@ class Recipe:
             "seed": seed,
         }
 
+    def set_decode(self, tail: MoEHead) -> None:
+        """Let a trained head decode as the recipe has it."""
+        tail.mode, tail.temperature = self.mode, self.decode_temperature * self.temperature.at(1.0)
+
     @torch.no_grad()
     def spread_experts(self, tail: MoEHead) -> None:
         """Move the experts of a head whose activation is ``exp`` apart, as the recipe has it."""
@@ -92,6 +100,8 @@ class Recipe:
         terms = {"depth": Term(self._depth_loss(), CONSTANT_ONE)}
         if self.expected_cost_weight > 0:
             terms["expected_cost"] = Term(ExpectedCostLoss(), Schedule(self.expected_cost_weight))
+        if self.level_weight > 0:
+            terms["level"] = Term(LogDepthLoss(), Schedule(self.level_weight))
         if self.num_experts > 1:
             terms["entropy"] = Term(EntropyLoss(), self.entropy_weight, relative=True)
         if train_cameras and self.camera_weight > 0:
@@ -117,12 +127,13 @@ BEST = Recipe(
     loss="nll-laplace",
     scale=0.05,
     window=31,
-    expected_cost_weight=0.25,
+    expected_cost_weight=2.0,
+    level_weight=4.0,
     camera_weight=1.0,
     num_experts=2,
     image_gate="guided",
     init_noise=0.03,
     spread=0.1,
-    mode="switch",
+    decode_temperature=0.25,
 )
 RECIPES = {"paper": PAPER, "best": BEST}

@@ -129,7 +129,7 @@ def _export(trainer: Trainer, options: RunOptions) -> None:
     place, prefix = (model, "network.model.") if options.cache is None else (tail, "network.tail.")
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     place.load_state_dict(own, strict=False)  # what was frozen is as it was loaded
-    tail.mode, tail.temperature = options.recipe.mode, options.recipe.temperature.at(1.0)
+    options.recipe.set_decode(tail)
     save_head(model, options.out / "head.safetensors")
     if options.part != "head":
         _save_model(unpatch_vggt(model), options.out / "model.safetensors")

@@ -74,14 +74,12 @@ class FinetuneOptions:
     scenes: int = 600
     """Of the training split, one or two frames each, so that the heads meet the features of both."""
     validation_scenes: int = 16
-    mode: str = "mean"
-    """How the shipped mixture decodes: of its modes the one of the least error on validation scenes."""
     seed: int = 0
 
     @property
     def stock_recipe(self) -> Recipe:
         """The same without a mixture: of one Laplace density the likelihood is L1 in log depth."""
-        return replace(self.recipe, loss="log-l1", num_experts=1, image_gate=False, expected_cost_weight=0.0)
+        return replace(self.recipe, loss="log-l1", num_experts=1, expected_cost_weight=0.0, level_weight=0.0)
 
 
 def finetune(folder: Path, options: FinetuneOptions) -> None:
@@ -103,7 +101,7 @@ def finetune(folder: Path, options: FinetuneOptions) -> None:
     patch_vggt(model, **options.recipe.patch_options(options.seed))
     tail = patched_heads(model)["depth"].tail
     tail.load_state_dict(heads["moe"].state_dict())
-    tail.mode, tail.temperature = options.mode, options.recipe.temperature.at(1.0)
+    options.recipe.set_decode(tail)
     save_head(model, folder / "mini_moe_head.safetensors")
 
 

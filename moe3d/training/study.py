@@ -129,10 +129,11 @@ VARIANTS = {
     "nll-laplace-guided": Variant(
         "the same, the branch guided by the features", replace(_NLL, image_gate="guided"), every_seed=False
     ),
-    "best": Variant("recipe best: guided, at the local level, experts apart, expected cost", BEST),
+    "best": Variant("recipe best: guided, at the local level, experts apart, expected cost, level", BEST),
     "best-absolute": Variant(
-        "recipe best, not at the local level", replace(BEST, window=0, scale=0.1), every_seed=False
+        "recipe best, not at the local level", replace(BEST, window=0, scale=0.1, level_weight=0.0), every_seed=False
     ),
+    "best-no-level": Variant("recipe best without the level's loss", replace(BEST, level_weight=0.0), every_seed=False),
     "best-together": Variant("recipe best, experts not apart", replace(BEST, spread=0.0), every_seed=False),
     "paper-k2": Variant("as published, K = 2", replace(PAPER, num_experts=2), every_seed=False),
     "paper-k8": Variant("as published, K = 8", replace(PAPER, num_experts=8), every_seed=False),
@@ -153,7 +154,7 @@ class StudyOptions:
 
     model: str = "mini"
     size: tuple[int, int] = (98, 126)
-    budget: HeadBudget = field(default_factory=lambda: HeadBudget(steps=1200))
+    budget: HeadBudget = field(default_factory=HeadBudget)
     seeds: int = 3
     train_scenes: int = 1200
     validation_scenes: int = 24
@@ -500,14 +501,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to, or to go on in")
     parser.add_argument("--model", default=StudyOptions.model, help="mini, or the path of weights")
     parser.add_argument("--seeds", type=int, default=StudyOptions.seeds)
-    parser.add_argument("--steps", type=int, default=StudyOptions().budget.steps)
+    parser.add_argument("--steps", type=int, default=HeadBudget.steps)
+    parser.add_argument("--batch", type=int, default=HeadBudget.batch, help="scenes per step")
     parser.add_argument("--train-scenes", type=int, default=StudyOptions.train_scenes)
     parser.add_argument("--test-scenes", type=int, default=StudyOptions.test_scenes)
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), metavar="NAME")
     args = parser.parse_args(argv)
     options = StudyOptions(
         model=args.model,
-        budget=HeadBudget(steps=args.steps),
+        budget=HeadBudget(steps=args.steps, batch=args.batch),
         seeds=args.seeds,
         train_scenes=args.train_scenes,
         test_scenes=args.test_scenes,

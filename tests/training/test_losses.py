@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from moe3d.losses import (
     moe_depth_loss,
     normalise_scale,
 )
+from moe3d.training.recipes import BEST
 
 DEPTH_LOSSES = (moe_depth_loss, l1_depth_loss, log_depth_loss, log_gradient_loss)
 
@@ -281,6 +283,22 @@ def test_a_likelihood_at_the_local_level_ignores_a_factor_and_teaches_nothing_th
     assert not near.requires_grad
     with pytest.raises(ValueError, match=r"^window must be 0 or an odd number of pixels, got 4$"):
         MixtureNLL(window=4)
+
+
+def test_the_level_that_a_local_likelihood_ignores_has_a_loss_of_its_own(mixture):
+    weights, hypotheses, truth, valid = (value.float() if value.is_floating_point() else value for value in mixture)
+    depth = (weights * hypotheses).sum(2)
+    predictions = {"depth_weights": weights, "depth_hypotheses": hypotheses, "depth": depth[..., None]}
+    predictions["depth_entropy"] = -(weights * weights.log()).sum(2)
+    batch = {"depth": truth, "valid": valid}
+    with_it, without = (
+        replace(BEST, level_weight=weight).objective()(predictions, batch, 0.5) for weight in (4.0, 0.0)
+    )
+    each = torch.stack(
+        [log_depth_loss(*scene) for scene in zip(depth.split(1), truth.split(1), valid.split(1), strict=True)]
+    )
+    torch.testing.assert_close(with_it["total"] - without["total"], 4 * each, rtol=1e-4, atol=1e-4)
+    assert BEST.level_weight > 0 and each.min() > 0
 
 
 def test_load_balance_counts_weights_choices_and_the_dead():
