@@ -13,6 +13,7 @@
 #include <memory>
 #include <vector>
 
+#include "flush.h"
 #include "hidden.h"
 #include "parallel.h"
 #include "select.h"
@@ -446,6 +447,7 @@ void run(const Problem& p, const Kernels& kernels, const Cotangents& cotangents,
   if (gradients.x && rows.count() < p.in_height)  // rows that downsampling skips
     std::memset(gradients.x, 0, p.batch * p.in_height * p.in_width * p.channels * sizeof(float));
   parallel_for(slot_count, p.threads, [&](int64_t s, int worker) {
+    const FlushToZero flush;
     for (int64_t t = s; t < tile_count; t += slot_count) workers[worker]->run(tiles[t], slots[s]);
   });
   write_parameters(head, slots, gradients);

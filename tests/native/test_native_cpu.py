@@ -227,6 +227,17 @@ def test_bf16_arithmetic_without_the_instructions_is_refused_with_the_reason(mon
         random_problem().run(backend="cpu", precision="bf16")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_below_the_normal_floats_are_flushed_and_nothing_else(threads, count):
+    """They would take a processor's slow path (20 times the time of a backward pass); the caller's arithmetic stays."""
+    threads(count)
+    problem = random_problem(pos=True, gate_logits=True).leaves()
+    outputs = problem.run(backend="cpu")
+    (outputs.prediction.sum() * 1e-42 + outputs.entropy.sum() * 1e-42).backward()
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in problem.tensors.values())
+    assert (torch.full((64,), 1e-38) * 0.01).all()
+
+
 def test_every_float16_value_is_read_right():
     """All finite ones, denormals included, pass through a head that is the identity."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
