@@ -491,7 +491,7 @@ def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         if decode != "filtered":
             axes.plot([], [], "osD^vP*X"[number], color="grey", label=decode)
     axes.set(xlabel="flying-point rate (less is better)", ylabel="SI boundary F1 (more is better)")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.figure.savefig(path, bbox_inches="tight")  # type: ignore[union-attr]
     plt.close(axes.figure)  # type: ignore[arg-type]
 
