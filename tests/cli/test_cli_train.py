@@ -104,7 +104,8 @@ def test_more_than_the_head_is_trained_on_images_and_loads_by_name(weights, tmp_
         name.split(".")[0] for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])
     }
     assert changed == {"depth_head", "camera_head"} | ({"aggregator"} if part == "all" else set())
-    assert patched_heads(model)["depth"].tail.mode == ("switch" if recipe == "best" else "mean")
+    tail = patched_heads(model)["depth"].tail
+    assert (tail.mode, tail.temperature) == ("mean", 0.25 if recipe == "best" else 0.5)
 
 
 def test_the_papers_datasets_are_trained_on_together_each_at_its_own_size(weights, tmp_path):

@@ -33,7 +33,7 @@ def assert_equal(a, b):
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_reduces_the_loss_of_every_recipe(tiny_weights, cache, name):
     recipe = replace(RECIPES[name], gate_hidden=8)
-    run = trainer(tiny_weights, cache, replace(OPTIONS, steps=30), recipe)
+    run = trainer(tiny_weights, cache, replace(OPTIONS, steps=150, learning_rate=5e-3), recipe)
     batches = read_batches(CachedScenes(cache, 0))
 
     @torch.no_grad()
