@@ -39,17 +39,15 @@ std::vector<Tile> split_into_tiles(const Problem& p, int64_t ranks) {
   return tiles;
 }
 
-// The most of any tile: its own low-resolution rows, the output rows that read one of them, and what those read.
+// The most of any tile: its own low-resolution rows, and the output rows that read one of them.
 struct Extent {
   Extent(const std::vector<Tile>& tiles, const RowPlan& plan) {
     for (const Tile& tile : tiles) {
-      const Span readers = plan.readers(tile.ranks);
       ranks = std::max(ranks, tile.ranks.size());
-      rows = std::max(rows, readers.size());
-      ranks_read = std::max(ranks_read, plan.ranks(readers).size());
+      rows = std::max(rows, plan.readers(tile.ranks).size());
     }
   }
-  int64_t ranks = 0, rows = 0, ranks_read = 0;
+  int64_t ranks = 0, rows = 0;
 };
 
 // What is wanted, and the sizes of one group's sums.
@@ -141,7 +139,7 @@ class Backward {
         cotangents_(cotangents),
         gradients_(gradients),
         wanted_(head, gradients),
-        hidden_rows_(head, rows, columns, extent.rows, extent.ranks_read),
+        hidden_rows_(head, rows, columns, extent.rows),
         most_rows_(extent.rows),
         row_floats_(p_.width * kGroup),
         in_columns_(round_up(p_.in_width, head.kernels.block_rows)),

@@ -4,14 +4,13 @@
 
 namespace moe::cpu {
 
-HiddenRows::HiddenRows(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, int64_t chunk,
-                       int64_t packed_rows)
+HiddenRows::HiddenRows(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, int64_t chunk)
     : head_(head),
       rows_(rows),
       columns_(columns),
       tiles_(divide_up(head.problem.width, kTileWidth)),
       ring_rows_(rows.max_ranks(1)),
-      packed_rows_(std::max(rows.max_ranks(chunk), packed_rows)),
+      packed_rows_(rows.max_ranks(chunk)),
       packed_row_floats_(round_up(head.problem.in_width, head.kernels.block_rows) * head.layout.floats()) {
   const int64_t W = head.problem.width, columns_in = round_up(head.problem.in_width, head.kernels.block_rows);
   packed_ = zeros(packed_rows_ * packed_row_floats_ + head.kernels.block_rows);

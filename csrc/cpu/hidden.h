@@ -14,10 +14,8 @@ namespace moe::cpu {
 
 class HiddenRows {
  public:
-  // `chunk` is the most output rows that lie between two calls of begin_chunk. What they read, and no less than the last
-  // `packed_rows` low-resolution rows, can be had from packed_row().
-  HiddenRows(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, int64_t chunk,
-             int64_t packed_rows = 0);
+  // `chunk` is the most output rows that lie between two calls of begin_chunk.
+  HiddenRows(const PackedHead& head, const RowPlan& rows, const ColumnPlan& columns, int64_t chunk);
 
   int64_t tiles() const { return tiles_; }
   Span tile(int64_t t) const;  // its output columns
@@ -33,6 +31,7 @@ class HiddenRows {
   // The same without relu, and with `bias` [kEdgeKinds][kGroup] in place of what begin_group sets.
   void read_linear(int64_t g, int64_t Y, int64_t t, const float* bias, float* out) const;
 
+  // One that the chunk reads, with room to read a whole block of channels at its last pixel.
   const float* packed_row(int64_t rank) const { return packed_ + slot_of_packed(rank) * packed_row_floats_; }
 
  private:

@@ -413,7 +413,7 @@ def _plain(options: StudyOptions) -> dict[str, Any]:
 
 
 def _brief(line: Mapping[str, Any]) -> str:
-    decode = "switch" if "switch" in line["test"] else "mean"
+    decode = "tempered" if "tempered" in line["test"] else "mean"
     numbers = line["test"][decode]
     shown = ", ".join(f"{key} {numbers[key]}" for key in ("abs_rel", "si_f1", "flying_rate"))
     return f"rate {line['rate']:g}, {decode}: {shown}"
