@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe3d.functional import check_number, check_options, moe_head
 from moe3d.ops.types import MoEOutput
+from moe3d.sharpen import sharpen
 
 DEFAULT_SKIP_BELOW = 1e-6  # in eval mode: costs no measurable accuracy (1e-3 would)
 GUIDED = "guided"
@@ -27,6 +28,8 @@ class MoEHead(nn.Module):
         gate_hidden: Hg, hidden channels of the gate. K = 4 with 128 is what the paper's cost figures imply (inferred).
         image_gate: add a small branch on the RGB image to the gate's logits; "guided" lets it see the features, too, so
             that an edge of the image and the features beside it decide together.
+        sharpen: in eval mode, so many passes of :func:`moe3d.sharpen.sharpen` over the prediction, which move its edges
+            to the image's; only for a prediction of one channel. A plain attribute, too.
         activation, conf_activation, temperature, mode, gap, skip_below, backend, precision, return_experts: see
             :func:`moe3d.functional.moe_head`. They are plain attributes and may be changed at any time.
             ``skip_below=None`` means 1e-6 in eval mode, and 0 in training or with ``return_experts``.
@@ -48,6 +51,7 @@ class MoEHead(nn.Module):
         expert_hidden: int = 32,
         gate_hidden: int = 128,
         image_gate: bool | str = False,
+        sharpen: int = 0,
         activation: str = "exp",
         conf_activation: str | None = "expp1",
         temperature: float = 1.0,
@@ -70,13 +74,15 @@ class MoEHead(nn.Module):
         for name, value in counts.items():
             _check_integer(name, value, at_least=1)
         _check_integer("seed", seed, at_least=0)
+        _check_integer("sharpen", sharpen, at_least=0)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.num_experts, self.expert_hidden, self.gate_hidden = num_experts, expert_hidden, gate_hidden
         self.activation, self.conf_activation = activation, conf_activation
-        self.temperature, self.mode, self.gap = temperature, mode, gap
+        self.temperature, self.mode, self.gap, self.sharpen = temperature, mode, gap, sharpen
         self.return_experts, self.skip_below = return_experts, skip_below
         self.backend, self.precision, self.seed = backend, precision, seed
         check_options((1, 1), out_channels, **self._options())
+        self._check_sharpen(out_channels - (conf_activation is not None))
         self.init_noise = 0.0
         self._source: tuple[nn.Sequential, ...] = ()  # the block that from_conv_block copied, hidden in a tuple
 
@@ -152,13 +158,11 @@ class MoEHead(nn.Module):
         pos: tuple[Tensor, Tensor] | None = None,
         image: Tensor | None = None,
     ) -> MoEOutput:
-        """x [B, C, h, w] and, for ``image_gate``, image [B, 3, H, W] in [0, 1], to outputs at ``size`` = (H, W)."""
-        gate_logits = None
-        if self.image_gate is not None:
-            if image is None:
-                raise ValueError("image must be given to a head with image_gate=True, got None")
-            gate_logits = self.image_gate(image, x)
-        return moe_head(
+        """x [B, C, h, w] and, if :attr:`sees_image`, image [B, 3, H, W] in [0, 1], to outputs at ``size`` = (H, W)."""
+        if image is None and self.sees_image:
+            raise ValueError("image must be given to a head with image_gate or sharpen, got None")
+        gate_logits = self.image_gate(image, x) if self.image_gate is not None else None
+        output = moe_head(
             x,
             size,
             expert_w1=self.expert_w1,
@@ -173,6 +177,21 @@ class MoEHead(nn.Module):
             pos=pos,
             **self._options(),
         )
+        return output if self.training or not self.sharpen else self._sharpened(output, image)
+
+    @property
+    def sees_image(self) -> bool:
+        """Whether the image must be given: to the gate, or to sharpen the prediction."""
+        return self.image_gate is not None or bool(self.sharpen)
+
+    def _sharpened(self, output: MoEOutput, image: Any) -> MoEOutput:
+        self._check_sharpen(output.prediction.shape[1])
+        sharp = sharpen(output.prediction.squeeze(1), image, self.sharpen)
+        return output._replace(prediction=sharp.unsqueeze(1))
+
+    def _check_sharpen(self, channels: int) -> None:
+        if self.sharpen and channels != 1:
+            raise ValueError(f"sharpen must be 0 for a prediction of {channels} channels, got {self.sharpen!r}")
 
     def extra_repr(self) -> str:
         return (

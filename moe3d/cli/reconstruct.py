@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a trained MoE head, or 'stock' for the model's own (default: the shipped one for mini, else stock)",
     )
     add("--mode", choices=MODES, help="how the experts are combined (default: the head's own)")
+    add(
+        "--sharpen",
+        type=integer(0),
+        metavar="N",
+        help="passes of a filter that moves the MoE head's depth edges to the image's (default: the head's own)",
+    )
     add("--experts", action="store_true", help="keep each expert's depth, too")
     add("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
     add("--precision", default="auto", choices=PRECISIONS, help="of the head's convolutions")
@@ -149,14 +155,20 @@ def run(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace, device: torch.device) -> nn.Module:
     model = load_model(
-        args.model, args.head, mode=args.mode, backend=args.backend, precision=args.precision, return_experts=True
+        args.model,
+        args.head,
+        mode=args.mode,
+        sharpen=args.sharpen,
+        backend=args.backend,
+        precision=args.precision,
+        return_experts=True,
     )
     return model.to(device)
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What tells the model and its settings from others."""
-    named = {name: getattr(args, name) for name in ("model", "head", "mode", "precision", "width")}
+    named = {name: getattr(args, name) for name in ("model", "head", "mode", "sharpen", "precision", "width")}
     return named | {f"{name}_file": _stamp(named[name]) for name in ("model", "head")}
 
 

@@ -102,7 +102,7 @@ class PatchedDPTHead(nn.Module):
         patches = [layer.to(dtype).flatten(0, 1) for layer in layers]
         rows, columns = (int(n * self.patch_size / self.down_ratio) for n in grid)
         size = (rows, columns)
-        image = images.flatten(0, 1) if self.tail.image_gate is not None else None
+        image = images.flatten(0, 1) if self.tail.sees_image else None
         with self._arithmetic(images.device.type):
             fused = self._front(patches)(self, patches, grid, width / height)
             pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None

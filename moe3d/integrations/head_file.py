@@ -17,7 +17,9 @@ FORMAT_VERSION = 1
 
 _CONFIG = (  # patch's arguments that belong to a trained head, rather than to the machine it runs on
     "num_experts", "gate_hidden", "init_noise", "temperature", "mode", "gap", "seed",
+    "sharpen",
 )  # fmt: skip
+_LATER = {"sharpen"}  # not in the first files, which mean patch's default
 
 
 def save_head(model: nn.Module, path: str | os.PathLike) -> None:
@@ -49,7 +51,8 @@ def save_head(model: nn.Module, path: str | os.PathLike) -> None:
 def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Load heads that :func:`save_head` wrote; an unpatched model is patched with the file's configuration.
 
-    A patched model keeps its own ``mode``, ``gap``, ``init_noise`` and ``seed``; the rest must be the file's.
+    A patched model keeps its own ``mode``, ``gap``, ``sharpen``, ``init_noise`` and ``seed``; the rest must be the
+    file's.
 
     Returns:
         The same model.
@@ -101,7 +104,7 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor], str]:
     try:
         config = json.loads(metadata["heads"])
         valid = bool(config) and config.keys() <= set(HEADS)
-        valid = valid and all(options.keys() == {*_CONFIG, "image_gate"} for options in config.values())
+        valid = valid and all(options.keys() | _LATER == {*_CONFIG, "image_gate"} for options in config.values())
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
         valid = False
     if not valid:

@@ -17,7 +17,7 @@ class Kind(NamedTuple):
     what: str  # was looked for
     fits: Callable[[Any], bool]
     patch: Callable[..., nn.Module]
-    patch_head: Callable[..., nn.Module]  # (model, one head's name, image_gate=..., other options of ``patch``)
+    patch_head: Callable[..., nn.Module]  # (model, one head's name, other options of ``patch``)
     unpatch: Callable[[nn.Module], nn.Module]
     patched_heads: Callable[[nn.Module], dict[str, Any]]
 
@@ -34,9 +34,11 @@ def _fits_da3(model: Any) -> bool:
     return da3.find_head(model) is not None
 
 
-def _patch_da3_head(model: nn.Module, name: str, image_gate: bool, **options: Any) -> nn.Module:
-    if name != "depth" or image_gate:
-        raise ValueError(f"Depth Anything 3 has a depth head without an image gate, got {name!r}, {image_gate=}")
+def _patch_da3_head(model: nn.Module, name: str, image_gate: bool | str, sharpen: int = 0, **options: Any) -> nn.Module:
+    if name != "depth" or image_gate or sharpen:
+        raise ValueError(
+            f"Depth Anything 3 has a depth head that sees no image, got {name!r}, {image_gate=}, {sharpen=}"
+        )
     return da3.patch_da3(model, **options)
 
 

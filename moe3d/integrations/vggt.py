@@ -24,6 +24,7 @@ def patch_vggt(
     mode: str = "mean",
     gap: float = 0.3,
     image_gate: bool | str = False,
+    sharpen: int = 0,
     return_experts: bool = False,
     backend: str = "auto",
     precision: str = "auto",
@@ -51,7 +52,7 @@ def patch_vggt(
         head_dtype: torch.bfloat16 or torch.float16 for the heads' convolutions in that type, on parameters that stay as
             they are; VGGT's own heads fail so. Depths of a random head of VGGT's size then differ by 0.5% RMS and 3% at
             worst (bfloat16), or 0.06% and 0.3% (float16). On a CPU it saves no time. None: the parameters' own type.
-        temperature, mode, gap, image_gate, return_experts, backend, precision, skip_below, seed: see
+        temperature, mode, gap, image_gate, sharpen, return_experts, backend, precision, skip_below, seed: see
             :class:`~moe3d.nn.MoEHead`.
 
     Returns:
@@ -70,9 +71,9 @@ def patch_vggt(
         if isinstance(head, PatchedDPTHead):
             raise ValueError(f"model.{name} is already patched: call unpatch_vggt(model) first")
         check_head(name, head)
-        if image_gate and head.down_ratio != 1:
+        if (image_gate or sharpen) and head.down_ratio != 1:
             raise ValueError(
-                f"image_gate needs predictions at the image's own resolution, but model.{name} has "
+                f"image_gate and sharpen need predictions at the image's own resolution, but model.{name} has "
                 f"down_ratio={head.down_ratio}"
             )
     tails = {
@@ -85,6 +86,7 @@ def patch_vggt(
             mode=mode,
             gap=gap,
             image_gate=image_gate,
+            sharpen=sharpen,
             return_experts=return_experts,
             backend=backend,
             precision=precision,

@@ -31,6 +31,7 @@ def load_model(
     head: str | os.PathLike[str] | None = None,
     *,
     mode: str | None = None,
+    sharpen: int | None = None,
     backend: str = "auto",
     precision: str = "auto",
     return_experts: bool = False,
@@ -44,6 +45,7 @@ def load_model(
         head: the path of a head that :func:`~moe3d.integrations.save_head` wrote; "stock" for the model as it comes;
             None for the shipped MoE head on "mini" and for "stock" on all others.
         mode: of the MoE head, in place of its file's: "mean", "argmax" or "switch".
+        sharpen: of the MoE head, in place of its file's: see :class:`~moe3d.nn.MoEHead`.
         backend, precision, return_experts: of the MoE head, see :class:`~moe3d.nn.MoEHead`.
 
     Raises:
@@ -56,9 +58,10 @@ def load_model(
     if head not in (None, STOCK):
         load_head(model, head)
     tails = [patched.tail for patched in patched_heads(model).values()]
-    _check_options(name, tails, mode=mode, backend=backend, precision=precision)
+    _check_options(name, tails, mode=mode, sharpen=sharpen, backend=backend, precision=precision)
     for tail in tails:
         tail.mode = mode or tail.mode
+        tail.sharpen = tail.sharpen if sharpen is None else sharpen
         tail.backend, tail.precision, tail.return_experts = backend, precision, return_experts
     return model.eval()
 
@@ -81,10 +84,10 @@ def _load_backbone(name: str | os.PathLike[str], shipped_head: bool) -> nn.Modul
     )
 
 
-def _check_options(name, tails: list, mode: str | None, **options: str) -> None:
+def _check_options(name, tails: list, mode: str | None, sharpen: int | None, **options: str) -> None:
     if mode not in (None, *MODES):
         raise ValueError(f"mode must be None or one of {', '.join(MODES)}, got {mode!r}")
-    asked_for = {"mode": mode} | {key: value for key, value in options.items() if value != "auto"}
+    asked_for = {"mode": mode, "sharpen": sharpen} | {key: value for key, value in options.items() if value != "auto"}
     for key, value in asked_for.items():
         if value is not None and not tails:
             raise ValueError(

@@ -62,6 +62,8 @@ class Recipe:
     decode_temperature: float = 1.0
     """... with the temperature of the last step multiplied by this: below 1 a mean keeps more to one expert."""
     gap: float = 0.3
+    sharpen: int = 0
+    """... and so many passes of :func:`moe3d.sharpen.sharpen` after it."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -87,7 +89,8 @@ class Recipe:
 
     def set_decode(self, tail: MoEHead) -> None:
         """Let a trained head decode as the recipe has it."""
-        tail.mode, tail.temperature = self.mode, self.decode_temperature * self.temperature.at(1.0)
+        tail.mode, tail.sharpen = self.mode, self.sharpen
+        tail.temperature = self.decode_temperature * self.temperature.at(1.0)
 
     @torch.no_grad()
     def spread_experts(self, tail: MoEHead) -> None:

@@ -25,6 +25,7 @@ from moe3d.models.load import load_model
 from moe3d.nn import MoEHead
 from moe3d.ops.types import MoEOutput
 from moe3d.position import position_map
+from moe3d.sharpen import sharpen
 from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, front_features, read_batches
 from moe3d.training.heads import HeadBudget, HeadTrainer, MakeHead, best_rate, mixture_head
 from moe3d.training.recipes import BEST, PAPER, Recipe
@@ -36,8 +37,12 @@ EDGE_TOLERANCE = 0.03
 SNAP_RATIO = 1.2
 SEEDS = {"train": 0, "val": 1, "test": 2}  # of the draw of scenes
 BASELINE = ("single-l2", "mean")
-SINGLE_DECODES = ("mean", "snapped", "filtered")
-MIXTURE_DECODES = ("mean", "argmax", "tempered", "switch", "snapped", "filtered", "oracle", "image-oracle")
+SINGLE_DECODES = ("mean", "snapped", "sharpened", "filtered")
+MIXTURE_DECODES = (
+    "mean", "argmax", "tempered", "switch", "snapped", "sharpened", "filtered", "oracle", "image-oracle",
+)  # fmt: skip
+_MODES = {"argmax": "argmax", "switch": "switch", "snapped": "switch", "filtered": "switch"}  # else: mean
+_MARKERS = dict(zip(MIXTURE_DECODES, "osD^vp>*X", strict=True))
 
 
 @torch.no_grad()
@@ -261,9 +266,10 @@ class Study:
         rate = best_rate(rates)
         network = cast(FeatureNetwork, self.trainer.train(variant.head, variant.recipe, seed, rate).network)
         temperature = self._choose_temperature(network) if variant.recipe.num_experts > 1 else 1.0
+        temperatures = {"tempered": temperature, "sharpened": variant.recipe.decode_temperature}
         gap = variant.recipe.gap
         judged = {
-            part: {d: _judge_all(network, d, self.held[part], gap, temperature) for d in variant.decodes}
+            part: {d: _judge_all(network, d, self.held[part], gap, temperatures) for d in variant.decodes}
             for part in ("test", "motorcycle")
         }
         predicted = [_predict(network, one.batch) for one in self.held["test"]]
@@ -288,26 +294,30 @@ class Study:
 
     def _choose_temperature(self, network: FeatureNetwork) -> float:
         def f1(temperature: float) -> float:
-            return _judge_all(network, "tempered", self.held["val"], PAPER.gap, temperature)["si_f1"] or 0.0
+            judged = _judge_all(network, "tempered", self.held["val"], PAPER.gap, {"tempered": temperature})
+            return judged["si_f1"] or 0.0
 
         return max(TEMPERATURES, key=f1)
 
 
 def _judge_all(
-    network: FeatureNetwork, decode: str, held: Sequence[Held], gap: float, temperature: float
+    network: FeatureNetwork, decode: str, held: Sequence[Held], gap: float, temperatures: Mapping[str, float]
 ) -> dict[str, float | None]:
     edge_filter = EDGE_TOLERANCE if decode == "filtered" else None
     judged = []
     for one in held:
-        depth = decode_depth(network, decode, one, temperature, gap)
+        depth = decode_depth(network, decode, one, gap, temperatures)
         judged.append(judge(depth, one.truth, one.valid, edge_filter))
     return summarise(judged)
 
 
-def decode_depth(network: FeatureNetwork, decode: str, held: Held, temperature: float, gap: float) -> np.ndarray:
-    """Depth [h, w] of a held-out frame.
+def decode_depth(
+    network: FeatureNetwork, decode: str, held: Held, gap: float, temperatures: Mapping[str, float]
+) -> np.ndarray:
+    """Depth [h, w] of a held-out frame; a mixture's logits are also divided by the decode's temperature, if it has one.
 
-    - mean, argmax, switch: the head's own modes; tempered: the mean with the logits divided by ``temperature``, too.
+    - mean, argmax, switch: the head's own modes; tempered: a mean at a temperature.
+    - sharpened: a mean, then :func:`~moe3d.sharpen.sharpen`.
     - snapped: what a single head predicts, or a mixture's switch, each pixel moved to the nearer one of the least and
       the largest depth around it (3x3) where these differ by more than a factor 1.2.
     - filtered: the same before snapping; the filter itself is a matter of judging.
@@ -319,14 +329,15 @@ def decode_depth(network: FeatureNetwork, decode: str, held: Held, temperature: 
     if not isinstance(tail, MoEHead) or tail.num_experts == 1:
         depth = _predict(network, held.batch)["depth"].numpy()
     else:
-        mode = {"mean": "mean", "tempered": "mean", "argmax": "argmax"}.get(decode, "switch")
         before = tail.mode, tail.temperature, tail.gap
-        tail.mode, tail.gap = mode, gap
-        tail.temperature *= temperature if decode == "tempered" else 1.0
+        tail.mode, tail.gap = _MODES.get(decode, "mean"), gap
+        tail.temperature *= temperatures.get(decode, 1.0)
         try:
             depth = _predict(network, held.batch)["depth"].numpy()
         finally:
             tail.mode, tail.temperature, tail.gap = before
+    if decode == "sharpened":
+        return sharpen(torch.from_numpy(depth)[None], held.batch["images"][:, 0])[0].numpy()
     return snap(depth) if decode == "snapped" else depth
 
 
@@ -339,29 +350,15 @@ def snap(depth: np.ndarray) -> np.ndarray:
     return np.where(largest > SNAP_RATIO * least, nearer, depth)
 
 
-def image_depth(truth: np.ndarray, valid: np.ndarray, image: np.ndarray, sigma: float = 0.1) -> np.ndarray:
+def image_depth(truth: np.ndarray, valid: np.ndarray, image: np.ndarray) -> np.ndarray:
     """Truth whose edges are moved to the image's: what could be known of them by looking at it.
-
-    The median of the valid depths in a 5x5 window, each weighted by exp(-|difference of colour|^2 / (2 sigma^2)).
 
     Args:
         truth, valid: [H, W].
         image: [3, H, W] in [0, 1].
-        sigma: of colour.
     """
-
-    def windows(values: np.ndarray) -> np.ndarray:
-        padded = np.pad(values, 2, mode="edge")
-        return np.lib.stride_tricks.sliding_window_view(padded, (5, 5)).reshape(*values.shape, 25)
-
-    difference = sum((windows(channel) - channel[..., None]) ** 2 for channel in image)
-    weight = np.exp(-difference / (2 * sigma**2)) * windows(valid.astype(float))
-    depth = windows(truth)
-    order = np.argsort(depth, axis=-1)
-    cumulative = np.cumsum(np.take_along_axis(weight, order, -1), axis=-1)
-    middle = np.argmax(cumulative >= 0.5 * cumulative[..., -1:], axis=-1)
-    median = np.take_along_axis(depth, np.take_along_axis(order, middle[..., None], -1), -1)[..., 0]
-    return np.where(valid, median, truth)
+    depth, known, colours = (torch.from_numpy(array)[None] for array in (truth, valid, image))
+    return sharpen(depth, colours, 1, valid=known)[0].numpy()
 
 
 def _oracle(predicted: Mapping[str, Tensor], held: Held, by_image: bool) -> np.ndarray:
@@ -474,7 +471,6 @@ def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     axes = plt.subplots(figsize=(8, 6))[1]
-    decodes = {decode: number for number, decode in enumerate(MIXTURE_DECODES)}
     names = [name for name in VARIANTS if any(line["variant"] == name for line in lines)]
     colors = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     for (name, decode), group in _by_row(lines, "test").items():
@@ -483,13 +479,13 @@ def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         x, y = ([line["test"][decode][key] or 0.0 for line in group] for key in ("flying_rate", "si_f1"))
         axes.errorbar(
             statistics.fmean(x), statistics.fmean(y), xerr=np.std(x), yerr=np.std(y),
-            marker="osD^vP*X"[decodes[decode]], color=colors[name],
+            marker=_MARKERS[decode], color=colors[name],
         )  # fmt: skip
     for name in names:
         axes.plot([], [], "o", color=colors[name], label=name)
-    for decode, number in decodes.items():
+    for decode, marker in _MARKERS.items():
         if decode != "filtered":
-            axes.plot([], [], "osD^vP*X"[number], color="grey", label=decode)
+            axes.plot([], [], marker, color="grey", label=decode)
     axes.set(xlabel="flying-point rate (less is better)", ylabel="SI boundary F1 (more is better)")
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.figure.savefig(path, bbox_inches="tight")  # type: ignore[union-attr]

@@ -43,8 +43,9 @@ def run_onnx(path, *inputs):
     return dict(zip(outputs, map(torch.from_numpy, session.run(None, fed)), strict=True))
 
 
-def test_a_patched_head_as_onnx_with_any_number_of_frames(tmp_path):
-    model = patched(mode="switch", image_gate=True)
+@pytest.mark.parametrize("options", [{"mode": "switch", "image_gate": True}, {"sharpen": 2}], ids=str)
+def test_a_patched_head_as_onnx_with_any_number_of_frames(tmp_path, options):
+    model = patched(**options)
     arguments = head_arguments(model, 2)
     dynamic = ([{1: FRAMES}] * len(arguments[0]), {1: FRAMES}, None)
     moe3d.export.to_onnx(model.depth_head, arguments, tmp_path / "head.onnx", dynamic_shapes=dynamic)

@@ -71,6 +71,14 @@ def test_a_file_patches_an_unpatched_model(tmp_path, heads):
     assert_equal(state(moe3d.unpatch_vggt(other)), state(models.mini()))
 
 
+def test_a_file_knows_how_to_sharpen_and_one_that_was_written_before_sharpening_says_nothing_of_it(tmp_path):
+    path = tmp_path / "h.safetensors"
+    moe3d.save_head(moe3d.patch_vggt(models.mini(), sharpen=3), path)
+    assert moe3d.load_head(models.mini(), path).depth_head.tail.sharpen == 3
+    old = rewrite(path, tmp_path / "old.safetensors", configured(sharpen=None))
+    assert moe3d.load_head(models.mini(), old).depth_head.tail.sharpen == 0
+
+
 @pytest.mark.parametrize("image_gate", [False, True, "guided"])
 def test_a_file_knows_its_image_gate(tmp_path, image_gate):
     model = disturb(moe3d.patch_vggt(models.mini(), image_gate=image_gate))

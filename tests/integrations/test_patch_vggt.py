@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import moe3d
 from moe3d.integrations.dpt import PatchedDPTHead
 from moe3d.models import DPTHead
+from moe3d.sharpen import sharpen
 from support import ddp, models
 from support.models import (
     BOTH,
@@ -255,6 +256,7 @@ def test_defaults_are_those_of_the_interface():
     expected = {
         "num_experts": 4, "gate_hidden": 128, "init_noise": 1e-2, "temperature": 1.0, "mode": "mean", "gap": 0.3,
         "return_experts": False, "backend": "auto", "precision": "auto", "skip_below": None, "seed": 0,
+        "sharpen": 0,
     }  # fmt: skip
     assert {name: getattr(tail, name) for name in expected} == expected and tail.image_gate is None
 
@@ -414,6 +416,14 @@ def test_a_smooth_image_gate_sees_the_image(make):
         expected = gate(batch).softmax(1)
     model.depth_head.tail.return_experts = True
     torch.testing.assert_close(predict(model, batch)["depth_weights"][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sharpening_follows_the_head(make):
+    plain, batch = predict(moe3d.patch_vggt(make(), 3), images(2)), images(2)
+    model = moe3d.patch_vggt(make(), 3, sharpen=2)
+    expected = sharpen(plain["depth"][0, ..., 0], batch, 2)
+    assert not torch.equal(expected, plain["depth"][0, ..., 0])
+    torch.testing.assert_close(predict(model, batch)["depth"][0, ..., 0], expected)
 
 
 @pytest.mark.real_vggt
@@ -656,11 +666,12 @@ def test_a_feature_only_head_of_the_package():
         moe3d.patch_vggt(model)
 
 
-def test_an_image_gate_needs_the_images_resolution():
+@pytest.mark.parametrize("option", [{"image_gate": True}, {"sharpen": 1}], ids=str)
+def test_what_sees_the_image_needs_its_resolution(option):
     model = models.mini()
     model.depth_head.down_ratio = 2
-    with pytest.raises(ValueError, match=r"image_gate needs .* model\.depth_head has down_ratio=2"):
-        moe3d.patch_vggt(model, image_gate=True)
+    with pytest.raises(ValueError, match=r"sharpen need .* model\.depth_head has down_ratio=2"):
+        moe3d.patch_vggt(model, **option)
     moe3d.patch_vggt(model)
     assert predict(model)["depth_entropy"].shape == (1, 3, HEIGHT // 2, WIDTH // 2)
 

@@ -42,16 +42,18 @@ def test_mini_from_a_file_has_its_stock_head_unless_one_is_named(mini_files):
 
 
 def test_the_heads_options_are_set(mini_files):
-    options = {"mode": "argmax", "backend": "reference", "precision": "ieee", "return_experts": True}
+    options = {"mode": "argmax", "sharpen": 2, "backend": "reference", "precision": "ieee", "return_experts": True}
     tail = patched_heads(load_model(*mini_files, **options))["depth"].tail
     assert {key: getattr(tail, key) for key in options} == options
     assert patched_heads(load_model(*mini_files))["depth"].tail.mode == "mean"
 
 
-@pytest.mark.parametrize("option", [{"mode": "argmax"}, {"backend": "reference"}, {"precision": "ieee"}])
+@pytest.mark.parametrize(
+    "option", [{"mode": "argmax"}, {"sharpen": 2}, {"backend": "reference"}, {"precision": "ieee"}]
+)
 def test_options_of_a_moe_head_need_one(mini_files, option):
     ((key, value),) = option.items()
-    with pytest.raises(ValueError, match=f"{key}='{value}' is for a mixture-of-experts head, but the model 'mini'"):
+    with pytest.raises(ValueError, match=f"{key}={value!r} is for a mixture-of-experts head, but the model 'mini'"):
         load_model("mini", "stock", **option)
 
 
