@@ -79,7 +79,7 @@ class FinetuneOptions:
     @property
     def stock_recipe(self) -> Recipe:
         """The same without a mixture: of one Laplace density the likelihood is L1 in log depth."""
-        return replace(self.recipe, loss="log-l1", num_experts=1, expected_cost_weight=0.0, level_weight=0.0)
+        return replace(self.recipe, loss="log-l1", num_experts=1, expected_cost_weight=0.0, level_weight=0.0, sharpen=0)
 
 
 def finetune(folder: Path, options: FinetuneOptions) -> None:
@@ -92,9 +92,10 @@ def finetune(folder: Path, options: FinetuneOptions) -> None:
     for name, recipe in (("moe", options.recipe), ("stock", options.stock_recipe)):
         losses = trainer.sweep(mixture_head, recipe)
         supervised = trainer.train(mixture_head, recipe, options.seed, best_rate(losses))
+        heads[name] = trained_head(supervised)
+        recipe.set_decode(heads[name])
         metrics = Validation(read_batches(val)).run(supervised).metrics
         log({"head": name, "loss by rate": losses, "rate": best_rate(losses), "validation": metrics})
-        heads[name] = trained_head(supervised)
 
     into_block(heads["stock"], block)
     save_mini(model, folder / "mini_single.safetensors")
