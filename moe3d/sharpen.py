@@ -8,6 +8,7 @@ from torch import Tensor
 
 WINDOW = 5  # pixels
 SIGMA = 0.1  # of colour, of a range of 1
+EDGE_RATIO = 1.1
 
 
 def sharpen(
@@ -17,15 +18,16 @@ def sharpen(
     *,
     window: int = WINDOW,
     sigma: float = SIGMA,
+    edge_ratio: float = EDGE_RATIO,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Replace each depth by the weighted median of those around it, ``passes`` times.
+    """Replace each depth near an edge by the weighted median of those around it, ``passes`` times.
 
     A neighbour q of p weighs exp(-|image(p) - image(q)|^2 / (2 sigma^2)); the median is the least depth that, with all
     smaller ones, has half of the weight. So a ramp between two surfaces of different colours becomes a step where the
     colour changes, and every depth is one that was predicted nearby: nothing is averaged. At the border the window
     repeats the last pixels. The filter is that of Ma et al., "Constant Time Weighted Median Filtering for Stereo
-    Matching and Beyond" (ICCV 2013).
+    Matching and Beyond" (ICCV 2013), here only where the window holds an edge of depth: surfaces stay as they are.
 
     Args:
         depth: [B, H, W], in any unit.
@@ -33,50 +35,72 @@ def sharpen(
         passes: how often; 0 returns ``depth`` as it is.
         window: side of the square window, odd, in pixels.
         sigma: of colour.
+        edge_ratio: a window has an edge if its largest depth is more than so many times its least.
         valid: [B, H, W] bool: other pixels weigh nothing, and stay as they are. None: all are valid.
 
     Returns:
         [B, H, W] of depth's type.
 
     Raises:
-        ValueError: shapes that do not fit each other, ``passes`` below 0, an even ``window``, a ``sigma`` not above 0.
+        ValueError: shapes that do not fit each other, ``passes`` below 0, an even ``window``, a ``sigma`` not above 0,
+            an ``edge_ratio`` below 1.
     """
-    _check(depth, image, passes, window, sigma, valid)
-    if passes == 0:
-        return depth
+    _check(depth, image, passes, window, sigma, edge_ratio, valid)
     if valid is None:
         valid = torch.ones_like(depth, dtype=torch.bool)
-    if torch.compiler.is_exporting():  # a loop would fix the number of frames
-        return _sharpen(depth, image, valid, passes, window, sigma)
-    frames = zip(depth.split(1), image.split(1), valid.split(1), strict=True)  # the windows are large
-    return torch.cat([_sharpen(*frame, passes, window, sigma) for frame in frames])
-
-
-def _sharpen(depth: Tensor, image: Tensor, valid: Tensor, passes: int, window: int, sigma: float) -> Tensor:
-    """All frames together."""
-    image = image.float()
-    distance = (_windows(image, window) - image[..., None]).square().sum(1)
-    weights = (distance * (-0.5 / sigma**2)).exp() * _windows(valid[:, None].float(), window)[:, 0]
+    colours, known = image.float().movedim(1, 0).flatten(1), valid.flatten().float()
     for _ in range(passes):
-        depth = torch.where(valid, _weighted_median(_windows(depth[:, None], window)[:, 0], weights), depth)
+        at = _near_edges(depth, valid, window, edge_ratio).nonzero()
+        around, middle = _windows(at, depth.shape, window), window**2 // 2
+        seen = _pick(colours, around)
+        distance = (seen - seen[..., middle : middle + 1]).square().sum(0)
+        weights = (distance * (-0.5 / sigma**2)).exp() * _pick(known, around)
+        medians = _weighted_median(_pick(depth.flatten(), around), weights)
+        depth = depth.flatten().index_put((around[:, middle],), medians).view_as(depth)
     return depth
 
 
+def _near_edges(depth: Tensor, valid: Tensor, window: int, edge_ratio: float) -> Tensor:
+    """[B, H, W] bool."""
+
+    def largest(values: Tensor) -> Tensor:
+        known = values.masked_fill(~valid, -torch.inf)
+        return F.max_pool2d(known[:, None], window, stride=1, padding=window // 2)[:, 0]
+
+    return valid & (largest(depth) > -edge_ratio * largest(-depth))
+
+
+def _windows(at: Tensor, shape: torch.Size, window: int) -> Tensor:
+    """Where N pixels (frame, row, column) [N, 3] have their windows: [N, window^2], counted through all frames."""
+    frame, row, column = at.split(1, dim=1)
+    steps = torch.arange(window, device=at.device) - window // 2
+    rows = (row + steps.repeat_interleave(window)).clamp(0, shape[1] - 1)
+    columns = (column + steps.repeat(window)).clamp(0, shape[2] - 1)
+    return (frame * shape[1] + rows) * shape[2] + columns
+
+
+def _pick(values: Tensor, at: Tensor) -> Tensor:
+    """values[..., at]: much faster than by indexing."""
+    return values.index_select(-1, at.flatten()).unflatten(-1, at.shape)
+
+
 def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:
-    """Of the last dimension."""
+    """[N] of [N, M]."""
     values, order = values.sort(dim=-1)
     below = weights.gather(-1, order).cumsum(-1)
-    middle = (below < 0.5 * below[..., -1:]).sum(-1, keepdim=True)
+    middle = (below < 0.5 * below[:, -1:]).sum(-1, keepdim=True)
     return values.gather(-1, middle).squeeze(-1)
 
 
-def _windows(planes: Tensor, window: int) -> Tensor:
-    """[B, C, H, W] to what lies around each pixel, [B, C, H, W, window^2]."""
-    around = F.pad(planes, (window // 2,) * 4, mode="replicate")
-    return around.unfold(2, window, 1).unfold(3, window, 1).flatten(-2)
-
-
-def _check(depth: Tensor, image: Tensor, passes: int, window: int, sigma: float, valid: Tensor | None) -> None:
+def _check(
+    depth: Tensor,
+    image: Tensor,
+    passes: int,
+    window: int,
+    sigma: float,
+    edge_ratio: float,
+    valid: Tensor | None,
+) -> None:
     if depth.ndim != 3:
         raise ValueError(f"depth must be [B, H, W], got {list(depth.shape)}")
     batch, height, width = depth.shape
@@ -90,3 +114,5 @@ def _check(depth: Tensor, image: Tensor, passes: int, window: int, sigma: float,
         raise ValueError(f"window must be an odd number of pixels, got {window!r}")
     if not 0 < sigma < float("inf"):
         raise ValueError(f"sigma must be a finite number above 0, got {sigma!r}")
+    if not 1 <= edge_ratio < float("inf"):
+        raise ValueError(f"edge_ratio must be a finite number of at least 1, got {edge_ratio!r}")

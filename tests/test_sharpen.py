@@ -25,7 +25,7 @@ def test_one_colour_makes_it_scipys_median_filter(window, passes):
     expected = depth.numpy()
     for _ in range(passes):
         expected = np.stack([ndimage.median_filter(frame, window, mode="nearest") for frame in expected])
-    sharp = sharpen(depth, torch.full((2, 3, 13, 17), 0.3), passes, window=window)
+    sharp = sharpen(depth, torch.full((2, 3, 13, 17), 0.3), passes, window=window, edge_ratio=1)
     np.testing.assert_array_equal(sharp, expected)
 
 
@@ -41,8 +41,8 @@ def test_each_pixel_becomes_numpys_weighted_quantile(depth, window, sigma, seed)
     generator = np.random.default_rng(seed)
     image = generator.uniform(size=(3, *depth.shape)).astype(np.float32)
     valid = generator.uniform(size=depth.shape) < 0.8
-    sharp = sharpen(*(torch.from_numpy(a)[None] for a in (depth, image)), 1, window=window, sigma=sigma,
-                    valid=torch.from_numpy(valid)[None])[0].numpy()  # fmt: skip
+    given = [torch.from_numpy(array)[None] for array in (depth, image, valid)]
+    sharp = sharpen(*given[:2], 1, window=window, sigma=sigma, edge_ratio=1, valid=given[2])[0].numpy()
     reach = window // 2
     for y, x in np.ndindex(*depth.shape):
         if not valid[y, x]:
@@ -76,6 +76,16 @@ def test_the_type_stays(dtype):
     assert sharp.dtype == dtype and torch.isin(sharp, depth).all()
 
 
+def test_only_windows_with_an_edge_change():
+    depth, image = random(1, 20, 20) * 0.04 + 1, torch.zeros(1, 3, 20, 20)  # from 1.02 to 1.06
+    depth[..., 10:] += 1
+    changed = (sharpen(depth, image, 1) != depth).any(dim=1)[0].nonzero()[:, 0]
+    assert changed.tolist() == [8, 9, 10, 11]
+    assert (sharpen(depth, image, 1, edge_ratio=1) != depth).float().mean() > 0.8
+    depth[..., 10:] = torch.nan
+    torch.testing.assert_close(sharpen(depth, image), depth, equal_nan=True)
+
+
 def test_no_pass_changes_nothing_and_frames_do_not_mix():
     depth, image = random(2, 8, 9), random(2, 3, 8, 9, seed=1)
     assert sharpen(depth, image, 0) is depth
@@ -91,6 +101,7 @@ def test_no_pass_changes_nothing_and_frames_do_not_mix():
         ({"passes": -1}, "passes must be an integer of at least 0, got -1"),
         ({"passes": True}, "passes must be an integer of at least 0, got True"),
         ({"window": 4}, "window must be an odd number of pixels, got 4"),
+        ({"edge_ratio": 0.9}, "edge_ratio must be a finite number of at least 1, got 0.9"),
         ({"sigma": 0.0}, "sigma must be a finite number above 0, got 0.0"),
         ({"sigma": float("nan")}, "sigma must be a finite number above 0, got nan"),
     ],

@@ -354,7 +354,7 @@ def image_depth(truth: np.ndarray, valid: np.ndarray, image: np.ndarray) -> np.n
         image: [3, H, W] in [0, 1].
     """
     depth, known, colours = (torch.from_numpy(array)[None] for array in (truth, valid, image))
-    return sharpen(depth, colours, 1, valid=known)[0].numpy()
+    return sharpen(depth, colours, 1, edge_ratio=1.0, valid=known)[0].numpy()
 
 
 def _oracle(predicted: Mapping[str, Tensor], held: Held, by_image: bool) -> np.ndarray:
