@@ -58,10 +58,12 @@ class Recipe:
     spread: float = 0.0
     """Experts begin apart: evenly between so much nearer and so much farther, in log depth."""
     mode: str = "mean"
-    """How the trained head decodes, at the temperature of the last step ..."""
+    """How the trained head decodes ..."""
+    decode_temperature: float = 1.0
+    """... with the temperature of the last step multiplied by this: below 1 a mean keeps more to one expert."""
     gap: float = 0.3
     sharpen: int = 0
-    """... with so many passes of :func:`moe3d.sharpen.sharpen` after it."""
+    """... and so many passes of :func:`moe3d.sharpen.sharpen` after it."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -87,7 +89,8 @@ class Recipe:
 
     def set_decode(self, tail: MoEHead) -> None:
         """Let a trained head decode as the recipe has it."""
-        tail.mode, tail.temperature, tail.sharpen = self.mode, self.temperature.at(1.0), self.sharpen
+        tail.mode, tail.sharpen = self.mode, self.sharpen
+        tail.temperature = self.decode_temperature * self.temperature.at(1.0)
 
     @torch.no_grad()
     def spread_experts(self, tail: MoEHead) -> None:
@@ -134,6 +137,7 @@ BEST = Recipe(
     image_gate="guided",
     init_noise=0.03,
     spread=0.1,
+    decode_temperature=0.5,
     sharpen=4,
 )
 RECIPES = {"paper": PAPER, "best": BEST}

@@ -266,9 +266,10 @@ class Study:
         rate = best_rate(rates)
         network = cast(FeatureNetwork, self.trainer.train(variant.head, variant.recipe, seed, rate).network)
         temperature = self._choose_temperature(network) if variant.recipe.num_experts > 1 else 1.0
+        temperatures = {"tempered": temperature, "sharpened": variant.recipe.decode_temperature}
         gap = variant.recipe.gap
         judged = {
-            part: {d: _judge_all(network, d, self.held[part], gap, temperature) for d in variant.decodes}
+            part: {d: _judge_all(network, d, self.held[part], temperatures, gap) for d in variant.decodes}
             for part in ("test", "motorcycle")
         }
         predicted = [_predict(network, one.batch) for one in self.held["test"]]
@@ -293,27 +294,30 @@ class Study:
 
     def _choose_temperature(self, network: FeatureNetwork) -> float:
         def f1(temperature: float) -> float:
-            return _judge_all(network, "tempered", self.held["val"], PAPER.gap, temperature)["si_f1"] or 0.0
+            judged = _judge_all(network, "tempered", self.held["val"], {"tempered": temperature}, PAPER.gap)
+            return judged["si_f1"] or 0.0
 
         return max(TEMPERATURES, key=f1)
 
 
 def _judge_all(
-    network: FeatureNetwork, decode: str, held: Sequence[Held], gap: float, temperature: float
+    network: FeatureNetwork, decode: str, held: Sequence[Held], temperatures: Mapping[str, float], gap: float
 ) -> dict[str, float | None]:
     edge_filter = EDGE_TOLERANCE if decode == "filtered" else None
     judged = []
     for one in held:
-        depth = decode_depth(network, decode, one, temperature, gap)
+        depth = decode_depth(network, decode, one, temperatures, gap)
         judged.append(judge(depth, one.truth, one.valid, edge_filter))
     return summarise(judged)
 
 
-def decode_depth(network: FeatureNetwork, decode: str, held: Held, temperature: float, gap: float) -> np.ndarray:
-    """Depth [h, w] of a held-out frame.
+def decode_depth(
+    network: FeatureNetwork, decode: str, held: Held, temperatures: Mapping[str, float], gap: float
+) -> np.ndarray:
+    """Depth [h, w] of a held-out frame; a mixture's logits are also divided by the decode's temperature, if it has one.
 
-    - mean, argmax, switch: the head's own modes; tempered: the mean with the logits divided by ``temperature``, too.
-    - sharpened: the mean, then :func:`~moe3d.sharpen.sharpen`.
+    - mean, argmax, switch: the head's own modes; tempered: a mean at a temperature chosen on validation scenes.
+    - sharpened: a mean at the recipe's temperature, then :func:`~moe3d.sharpen.sharpen`.
     - snapped: what a single head predicts, or a mixture's switch, each pixel moved to the nearer one of the least and
       the largest depth around it (3x3) where these differ by more than a factor 1.2.
     - filtered: the same before snapping; the filter itself is a matter of judging.
@@ -327,7 +331,7 @@ def decode_depth(network: FeatureNetwork, decode: str, held: Held, temperature: 
     else:
         before = tail.mode, tail.temperature, tail.gap
         tail.mode, tail.gap = _MODES.get(decode, "mean"), gap
-        tail.temperature *= temperature if decode == "tempered" else 1.0
+        tail.temperature *= temperatures.get(decode, 1.0)
         try:
             depth = _predict(network, held.batch)["depth"].numpy()
         finally:

@@ -105,7 +105,7 @@ def test_more_than_the_head_is_trained_on_images_and_loads_by_name(weights, tmp_
     }
     assert changed == {"depth_head", "camera_head"} | ({"aggregator"} if part == "all" else set())
     tail = patched_heads(model)["depth"].tail
-    assert (tail.mode, tail.temperature, tail.sharpen) == (("mean", 1.0, 4) if recipe == "best" else ("mean", 0.5, 0))
+    assert (tail.mode, tail.temperature, tail.sharpen) == (("mean", 0.5, 4) if recipe == "best" else ("mean", 0.5, 0))
 
 
 def test_the_papers_datasets_are_trained_on_together_each_at_its_own_size(weights, tmp_path):

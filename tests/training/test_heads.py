@@ -69,7 +69,7 @@ def test_the_shipped_stage_writes_two_files_that_share_everything_but_the_tail(t
     assert changed == {name for name in single if "output_conv2" in name}
     moe = load_head(load_mini(path=tmp_path / "mini_single.safetensors"), tmp_path / "mini_moe_head.safetensors")
     tail = patched_heads(moe)["depth"].tail
-    decode = (BEST.num_experts, BEST.mode, BEST.temperature.at(1.0), BEST.sharpen)
+    decode = (BEST.num_experts, BEST.mode, BEST.decode_temperature * BEST.temperature.at(1.0), BEST.sharpen)
     assert (tail.num_experts, tail.mode, tail.temperature, tail.sharpen) == decode and tail.gate_w2.abs().sum() > 0
 
 

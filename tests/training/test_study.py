@@ -121,30 +121,33 @@ def held():
     return Held(batch, truth, np.ones_like(truth, dtype=bool))
 
 
+HALF = {"tempered": 0.5, "sharpened": 0.5}
+
+
 @torch.no_grad()
 def test_decodes_are_the_heads_own_modes_and_leave_the_head_alone(network, held):
     predicted = network(held.batch)
     hypotheses, weights = predicted["depth_hypotheses"][0, 0], predicted["depth_weights"][0, 0]
     chosen = hypotheses.gather(0, weights.argmax(0, keepdim=True))[0]
-    np.testing.assert_allclose(decode_depth(network, "argmax", held, 0.5, 0.3), chosen)
+    np.testing.assert_allclose(decode_depth(network, "argmax", held, HALF, 0.3), chosen)
     tempered = (weights.log() / 0.5).softmax(0)
     np.testing.assert_allclose(
-        decode_depth(network, "tempered", held, 0.5, 0.3), (tempered * hypotheses).sum(0), rtol=1e-4
+        decode_depth(network, "tempered", held, HALF, 0.3), (tempered * hypotheses).sum(0), rtol=1e-4
     )
-    mean = decode_depth(network, "mean", held, 0.5, 0.3)
+    mean = decode_depth(network, "mean", held, HALF, 0.3)
     np.testing.assert_allclose(mean, predicted["depth"][0, 0, ..., 0])
-    sharp = sharpen(torch.from_numpy(mean)[None], held.batch["images"][:, 0])[0]
-    np.testing.assert_allclose(decode_depth(network, "sharpened", held, 0.5, 0.3), sharp, rtol=1e-4)
+    sharp = sharpen((tempered * hypotheses).sum(0)[None], held.batch["images"][:, 0])[0]
+    np.testing.assert_allclose(decode_depth(network, "sharpened", held, HALF, 0.3), sharp, rtol=1e-4)
     assert (network.tail.mode, network.tail.temperature) == ("mean", 1.0)
 
 
 def test_no_choice_of_expert_is_nearer_to_the_truth_than_the_oracles(network, held):
     truth, _ = held.on_grid()
-    mean = decode_depth(network, "mean", held, 1, 0.3)
+    mean = decode_depth(network, "mean", held, {}, 0.3)
     scale = np.median(truth) / np.median(mean)
 
     def error(decode):
-        return np.abs(np.log(decode_depth(network, decode, held, 1, 0.3) * scale / truth))
+        return np.abs(np.log(decode_depth(network, decode, held, {}, 0.3) * scale / truth))
 
     assert (error("oracle") <= error("argmax") + 1e-6).all()
     assert error("oracle").mean() < error("image-oracle").mean() < error("argmax").mean() * 1.5
