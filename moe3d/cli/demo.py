@@ -175,6 +175,7 @@ def _time_line(report: dict) -> str:
     return (
         f"{timing['views']} views of {height}x{width}: stock {timing['stock_seconds']:.3f} s, "
         f"MoE {timing['moe_seconds']:.3f} s, overhead {report['overhead_percent']:+.1f}% ({low:+.1f} to {high:+.1f}), "
+        f"with its depth sharpened {timing['sharpened_seconds']:.3f} s, "
         f"{report['backend']} backend, {report['device']}"
     )
 
@@ -229,21 +230,36 @@ def _scene_entry(scene: DemoScene, comparison: SceneComparison, views: int) -> d
 
 
 def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
-    """Both models in turn, so that whatever else the machine does hits both, after a round that warms up."""
-    runs = {"stock": models.stock, "moe": models.moe}
+    """Both models in turn, so that whatever else the machine does hits both, after a round that warms up.
+
+    The MoE model with and without what sharpens its depth afterwards: that is no part of the head's own cost.
+    """
+    with_sharpening = partial(models.moe, images)
+
+    def without_sharpening() -> None:
+        tails = [head.tail for head in patched_heads(models.moe).values()]
+        passes = [tail.sharpen for tail in tails]
+        for tail in tails:
+            tail.sharpen = 0
+        with_sharpening()
+        for tail, number in zip(tails, passes, strict=True):
+            tail.sharpen = number
+
+    runs = {"stock": partial(models.stock, images), "moe": without_sharpening, "sharpened": with_sharpening}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for number in range(rounds + 1):
-            for name, model in runs.items():
-                seconds[name].append(time_call(partial(model, images), str(models.device)))
+            for name, call in runs.items():
+                seconds[name].append(time_call(call, str(models.device)))
             progress.update(number > 0)
-    stock, moe = seconds["stock"][1:], seconds["moe"][1:]
+    stock, moe, sharpened = (times[1:] for times in seconds.values())
     overhead = ratio_of_medians(moe, stock).percent_more
     return {
         "overhead_percent": overhead.value,
         "interval_percent": [overhead.low, overhead.high],
         "stock_seconds": median(stock),
         "moe_seconds": median(moe),
+        "sharpened_seconds": median(sharpened),
         "rounds": rounds,
         "views": len(images),
         "size": list(images.shape[2:]),

@@ -69,7 +69,8 @@ class Run:
 
     Args:
         folder: of the checkpoint and the log.
-        options: must stay the same when a run goes on.
+        options: must stay the same when a run goes on, but for ``steps`` and ``minutes``: with more of them the rate
+            rises again, to where the longer run has it.
         imagenet: see :func:`imagenet_weights`; None for an encoder from nothing.
     """
 

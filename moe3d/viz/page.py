@@ -121,11 +121,11 @@ def _tile(key: str, mean: Mapping) -> str:
 def _time_tile(report: Mapping) -> str:
     timing = report["timing"]
     low, high = timing["interval_percent"]
-    stock, moe = (_duration(timing[f"{head}_seconds"]) for head in ("stock", "moe"))
+    stock, moe, sharpened = (_duration(timing[f"{name}_seconds"]) for name in ("stock", "moe", "sharpened"))
     overhead = f"{report['overhead_percent']:+.0f}% ({low:+.0f} to {high:+.0f})"
     return f"""<div class="tile"><h3>Time for {timing["views"]} views</h3>
 <div class="pair"><small>{stock} →</small> {moe}</div>
-<div class="change">{overhead} · {escape(report["backend"])} backend</div></div>"""
+<div class="change">{overhead} · {escape(report["backend"])} backend · sharpened {sharpened}</div></div>"""
 
 
 def _duration(seconds: float) -> str:

@@ -73,6 +73,7 @@ def small_report():
             "interval_percent": [11.0, 13.0],
             "stock_seconds": 0.5,
             "moe_seconds": 1.25,
+            "sharpened_seconds": 1.75,
             "rounds": 5,
             "views": 2,
             "size": [HEIGHT, WIDTH],
