@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 import torch
@@ -245,7 +246,11 @@ def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
         for tail, number in zip(tails, passes, strict=True):
             tail.sharpen = number
 
-    runs = {"stock": partial(models.stock, images), "moe": without_sharpening, "sharpened": with_sharpening}
+    runs: dict[str, Callable[[], Any]] = {
+        "stock": partial(models.stock, images),
+        "moe": without_sharpening,
+        "sharpened": with_sharpening,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for number in range(rounds + 1):
