@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -183,14 +184,20 @@ def _time_line(report: dict) -> str:
 
 def _compare(sample: Sample, images: Tensor, models: Models) -> SceneComparison:
     """With the gate's weights, which cost time and are therefore not asked for while the clock runs."""
-    tails = [head.tail for head in patched_heads(models.moe).values()]
-    for tail in tails:
-        tail.return_experts = True
-    try:
+    with _set_on_tail(models.moe, "return_experts", True):
         return compare_heads(sample, images, models.stock, models.moe)
+
+
+@contextmanager
+def _set_on_tail(model: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Another value of an attribute of the depth head's tail for a while."""
+    tail = patched_heads(model)["depth"].tail
+    before = getattr(tail, name)
+    setattr(tail, name, value)
+    try:
+        yield
     finally:
-        for tail in tails:
-            tail.return_experts = False
+        setattr(tail, name, before)
 
 
 def _write_scene(folder: Path, scene: DemoScene, comparison: SceneComparison) -> PageScene:
@@ -235,27 +242,14 @@ def _time(models: Models, images: Tensor, rounds: int, progress: tqdm) -> dict:
 
     The MoE model with and without what sharpens its depth afterwards: that is no part of the head's own cost.
     """
-    with_sharpening = partial(models.moe, images)
-
-    def without_sharpening() -> None:
-        tails = [head.tail for head in patched_heads(models.moe).values()]
-        passes = [tail.sharpen for tail in tails]
-        for tail in tails:
-            tail.sharpen = 0
-        with_sharpening()
-        for tail, number in zip(tails, passes, strict=True):
-            tail.sharpen = number
-
-    runs: dict[str, Callable[[], Any]] = {
-        "stock": partial(models.stock, images),
-        "moe": without_sharpening,
-        "sharpened": with_sharpening,
-    }
+    sharpen = patched_heads(models.moe)["depth"].tail.sharpen
+    runs = {"stock": (models.stock, 0), "moe": (models.moe, 0), "sharpened": (models.moe, sharpen)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for number in range(rounds + 1):
-            for name, call in runs.items():
-                seconds[name].append(time_call(call, str(models.device)))
+            for name, (model, passes) in runs.items():
+                with _set_on_tail(models.moe, "sharpen", passes):
+                    seconds[name].append(time_call(partial(model, images), str(models.device)))
             progress.update(number > 0)
     stock, moe, sharpened = (times[1:] for times in seconds.values())
     overhead = ratio_of_medians(moe, stock).percent_more
