@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from moe3d.training.features import CachedScenes, FeatureNetwork
 from moe3d.training.networks import Supervised
 from moe3d.training.recipes import Recipe
 from moe3d.training.scenes import Batch
-from moe3d.training.trainer import Trainer, TrainOptions
+from moe3d.training.trainer import DivergedError, Trainer, TrainOptions
 
 SWEEP_PART = 0.1  # of the steps, in which every rate is tried
 
@@ -51,9 +52,15 @@ class HeadTrainer:
         return self._train(make, recipe, seed, rate, self.budget.steps)
 
     def sweep(self, make: MakeHead, recipe: Recipe) -> dict[float, float]:
-        """Loss on the scenes held out by learning rate, each after a short run of its own with seed 0."""
-        steps = max(1, round(SWEEP_PART * self.budget.steps))
-        return {rate: self._loss(self._train(make, recipe, 0, rate, steps)) for rate in self.budget.rates}
+        """Loss on the scenes held out by learning rate, each after a short run of its own with seed 0; infinite where
+        that run diverges."""
+        return {rate: self._try(make, recipe, rate) for rate in self.budget.rates}
+
+    def _try(self, make: MakeHead, recipe: Recipe, rate: float) -> float:
+        try:
+            return self._loss(self._train(make, recipe, 0, rate, max(1, round(SWEEP_PART * self.budget.steps))))
+        except DivergedError:
+            return math.inf
 
     def _train(self, make: MakeHead, recipe: Recipe, seed: int, rate: float, steps: int) -> Supervised:
         network = FeatureNetwork(make(self.block, recipe, seed))
@@ -70,8 +77,15 @@ class HeadTrainer:
 
 
 def best_rate(losses: dict[float, float]) -> float:
-    """The learning rate of the least loss."""
-    return min(losses, key=lambda rate: losses[rate])
+    """The learning rate of the least loss.
+
+    Raises:
+        DivergedError: all losses are infinite.
+    """
+    rate = min(losses, key=lambda rate: losses[rate])
+    if math.isinf(losses[rate]):
+        raise DivergedError(f"training diverges at every learning rate that was tried: {', '.join(map(str, losses))}")
+    return rate
 
 
 def mixture_head(block: nn.Sequential, recipe: Recipe, seed: int) -> MoEHead:

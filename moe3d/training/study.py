@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,6 +31,7 @@ from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, 
 from moe3d.training.heads import HeadBudget, HeadTrainer, MakeHead, best_rate, mixture_head
 from moe3d.training.recipes import BEST, PAPER, Recipe
 from moe3d.training.scenes import Batch, LiveScenes, open_corpus
+from moe3d.training.trainer import DivergedError
 from moe3d.training.validate import METRICS, first_frame, first_truth, gate_summary, judge, motorcycle, summarise
 
 TEMPERATURES = (0.125, 0.25, 0.5, 1.0)  # of the tempered decode; the one of the best SI-F1 on validation scenes is used
@@ -224,7 +226,7 @@ class Study:
             seeds = range(self.options.seeds if VARIANTS[name].every_seed else 1)
             for seed in seeds:
                 if not any((line["variant"], line["seed"]) == (name, seed) for line in self.results()):
-                    line = self._train_and_judge(name, seed)
+                    line = self._result(name, seed)
                     with open(self._results, "a") as file:
                         file.write(json.dumps(line) + "\n")
                     report(f"{name}, seed {seed}: {_brief(line)}")
@@ -260,6 +262,13 @@ class Study:
         cache_scenes(model, live, count, self.folder / "cache" / part)
         return CachedScenes(self.folder / "cache" / part, SEEDS[part], count)
 
+    def _result(self, name: str, seed: int) -> dict[str, Any]:
+        heading = {"variant": name, "seed": seed, "settings": _plain(self.options)}
+        try:
+            return heading | self._train_and_judge(name, seed)
+        except DivergedError as error:
+            return heading | {"diverged": str(error)}
+
     def _train_and_judge(self, name: str, seed: int) -> dict[str, Any]:
         variant = VARIANTS[name]
         rates = self._rates(name)
@@ -274,12 +283,9 @@ class Study:
         }
         predicted = [_predict(network, one.batch) for one in self.held["test"]]
         return {
-            "variant": name,
-            "seed": seed,
-            "settings": _plain(self.options),
             "parameters": _count(network),
             "rate": rate,
-            "rates": {f"{r:g}": round(loss, 5) for r, loss in rates.items()},
+            "rates": {f"{r:g}": round(loss, 5) if math.isfinite(loss) else None for r, loss in rates.items()},
             "temperature": temperature,
             "gate": gate_summary(predicted),
             **judged,
@@ -288,8 +294,8 @@ class Study:
     def _rates(self, name: str) -> dict[float, float]:
         """Validation loss by learning rate, after a short run with seed 0; an earlier result's where there is one."""
         for line in self.results():
-            if line["variant"] == name:
-                return {float(rate): loss for rate, loss in line["rates"].items()}
+            if line["variant"] == name and "rates" in line:
+                return {float(rate): math.inf if loss is None else loss for rate, loss in line["rates"].items()}
         return self.trainer.sweep(VARIANTS[name].head, VARIANTS[name].recipe)
 
     def _choose_temperature(self, network: FeatureNetwork) -> float:
@@ -410,6 +416,8 @@ def _plain(options: StudyOptions) -> dict[str, Any]:
 
 
 def _brief(line: Mapping[str, Any]) -> str:
+    if "diverged" in line:
+        return line["diverged"]
     decode = "tempered" if "tempered" in line["test"] else "mean"
     numbers = line["test"][decode]
     shown = ", ".join(f"{key} {numbers[key]}" for key in ("abs_rel", "si_f1", "flying_rate"))
@@ -429,6 +437,10 @@ def table(lines: Sequence[Mapping[str, Any]], part: str) -> str:
         cells += [_spread([line[part][decode][key] for line in group]) for key in METRICS]
         cells += [*ratios, _spread([line["gate"].get("entropy") for line in group]), _usage(group[0])]
         rows.append("| " + " | ".join(cells) + " |")
+    for name, about in ((name, variant.about) for name, variant in VARIANTS.items()):
+        diverged = sum(line["variant"] == name and "diverged" in line for line in lines)
+        if diverged:
+            rows.append("| " + " | ".join([about, "diverges", str(diverged)] + ["-"] * (len(header) - 3)) + " |")
     return "\n".join(rows)
 
 
@@ -437,7 +449,7 @@ def _by_row(lines: Sequence[Mapping[str, Any]], part: str) -> dict[tuple[str, st
     for name in VARIANTS:
         for line in lines:
             if line["variant"] == name:
-                for decode in line[part]:
+                for decode in line.get(part, ()):
                     rows.setdefault((name, decode), []).append(line)
     return rows
 
@@ -471,7 +483,7 @@ def figure(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     axes = plt.subplots(figsize=(8, 6))[1]
-    names = [name for name in VARIANTS if any(line["variant"] == name for line in lines)]
+    names = [name for name in VARIANTS if any(line["variant"] == name and "test" in line for line in lines)]
     colors = dict(zip(names, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
     for (name, decode), group in _by_row(lines, "test").items():
         if decode == "filtered":  # drops points instead of moving them

@@ -62,6 +62,10 @@ class TrainOptions:
     log_every: int = 50
 
 
+class DivergedError(RuntimeError):
+    """A loss or a gradient is not finite."""
+
+
 class Trainer:
     """Trains whatever is trainable in ``supervised``.
 
@@ -194,7 +198,7 @@ class Trainer:
         if self.folder is not None:
             self.save()
             kept = f"; {self._checkpoint} holds the state before it"
-        raise RuntimeError(f"the {what} is not finite at step {self.step}, on the frames {', '.join(names)}{kept}")
+        raise DivergedError(f"the {what} is not finite at step {self.step}, on the frames {', '.join(names)}{kept}")
 
     @torch.no_grad()
     def _measure_unit(self, share: Share) -> None:

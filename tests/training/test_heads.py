@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from moe3d.training.features import CachedScenes, read_batches
 from moe3d.training.heads import HeadBudget, HeadTrainer, into_block, mixture_head
 from moe3d.training.recipes import BEST, PAPER
 from moe3d.training.shipped import FinetuneOptions
-from moe3d.training.trainer import Trainer
+from moe3d.training.trainer import DivergedError, Trainer
 
 
 @pytest.fixture
@@ -46,6 +47,20 @@ def test_rates_are_compared_by_the_loss_on_the_scenes_held_out(head_trainer):
     supervised = head_trainer._train(mixture_head, PAPER, 0, 1e-2, round(heads.SWEEP_PART * 10))
     with torch.no_grad():
         assert losses[1e-2] == supervised(head_trainer.held_out[0], 1.0)["total"].item()
+
+
+def test_a_rate_at_which_training_diverges_is_not_chosen(head_trainer, monkeypatch):
+    def train(self, make, recipe, seed, rate, steps):
+        if rate == 1e-2:
+            raise DivergedError("the loss is not finite")
+        return train_on(self, make, recipe, seed, rate, steps)
+
+    train_on = heads.HeadTrainer._train
+    monkeypatch.setattr(heads.HeadTrainer, "_train", train)
+    losses = head_trainer.sweep(mixture_head, PAPER)
+    assert losses[1e-2] == math.inf and heads.best_rate(losses) == 1e-3
+    with pytest.raises(DivergedError, match=r"at every learning rate that was tried: 0\.001, 0\.01"):
+        heads.best_rate({1e-3: math.inf, 1e-2: math.inf})
 
 
 def test_one_expert_goes_back_into_the_plain_block(head_trainer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -79,12 +80,25 @@ def test_what_is_finished_stays_and_what_was_cut_short_is_done_again(folder, opt
     lines = before.splitlines(keepends=True)
     results.write_text("".join(lines[:3]) + lines[3][:40] + "\n")
     trained = []
-    monkeypatch.setattr(Study, "_train_and_judge", lambda self, *what: trained.append(what) or json.loads(lines[3]))
+    monkeypatch.setattr(Study, "_result", lambda self, *what: trained.append(what) or json.loads(lines[3]))
     try:
         assert len(Study(folder, options).run(["single-l2", "best"])) == 4
         assert trained == [("best", 1)]
     finally:
         results.write_text(before)
+
+
+def test_a_head_that_diverges_gets_a_line_that_says_so(folder, options, monkeypatch, tmp_path):
+    """So much noise sends depth beyond float32, whatever the rate."""
+    shutil.copytree(folder, tmp_path / "study")
+    wild = replace(VARIANTS["paper"], recipe=replace(PAPER, init_noise=30.0))
+    monkeypatch.setitem(VARIANTS, "paper-noise-1", replace(wild, every_seed=False))
+    write_study(tmp_path / "study", options, ["paper-noise-1"])
+    lines = [json.loads(line) for line in (tmp_path / "study" / "results.jsonl").read_text().splitlines()]
+    assert lines[4]["diverged"] == "training diverges at every learning rate that was tried: 0.001"
+    text = (tmp_path / "study" / "table.md").read_text()
+    assert text.count("| MoE3D as published: L2 and entropy | diverges | 1 | - |") == 2
+    assert len(Study(tmp_path / "study", options).run(["paper-noise-1"])) == 5
 
 
 def test_results_of_other_settings_are_not_mixed(folder, options):

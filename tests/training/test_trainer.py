@@ -13,7 +13,7 @@ from moe3d.losses import Schedule
 from moe3d.training.checkpoint import load_checkpoint
 from moe3d.training.features import CachedScenes, read_batches
 from moe3d.training.recipes import BEST, PAPER, RECIPES
-from moe3d.training.trainer import CHECKPOINT, Trainer, TrainOptions, warm_up_cosine
+from moe3d.training.trainer import CHECKPOINT, DivergedError, Trainer, TrainOptions, warm_up_cosine
 from moe3d.training.validate import Validation
 from support.training import first_gradients, process, stop_after, trainer
 
@@ -96,7 +96,7 @@ def test_what_is_not_finite_names_its_frames_and_keeps_the_last_good_state(
         parameter = next(iter(run.supervised.parameters()))
         parameter.register_hook(lambda gradient: gradient * (torch.nan if run.step == 3 else 1))
     with pytest.raises(
-        RuntimeError, match=f"the {what} is not finite at step 3, on the frames synthetic/scene-"
+        DivergedError, match=f"the {what} is not finite at step 3, on the frames synthetic/scene-"
     ) as error:
         run.train()
     assert all(name in str(error.value) for name in names)
