@@ -25,7 +25,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
 
 test: $(VENV)/.tools
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The tests that need VGGT's own package (github.com/facebookresearch/vggt), checked out in $(VGGT); no skip allowed.
 # VGGT=<checkout>:<StreamVGGT's checkout>/src runs those of its relatives that can be imported, too.

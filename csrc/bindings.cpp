@@ -13,6 +13,7 @@
 #include "cpu/select.h"
 #include "decoder.h"
 #include "moe_head.h"
+#include "sharpen.h"
 
 namespace py = pybind11;
 using moe::Problem;
@@ -184,6 +185,28 @@ void bind_layers(py::module_& m) {
   m.def("weights_panel", [](const std::string& isa) { return cpu::weights_panel(isa.c_str()); });
 }
 
+void bind_sharpen(py::module_& m) {
+  using Class = Owned<moe::Sharpening>;
+  py::class_<Class> cls(m, "Sharpening");
+  cls.def(py::init<>());
+  cls.def_property(
+      "isa", [](const Class& self) { return self.isa_name; }, &Class::set_isa);
+  cls.def_readwrite("batch", &Class::batch);
+  cls.def_readwrite("height", &Class::height);
+  cls.def_readwrite("width", &Class::width);
+  cls.def_readwrite("window", &Class::window);
+  cls.def_readwrite("sigma", &Class::sigma);
+  cls.def_readwrite("edge_ratio", &Class::edge_ratio);
+  cls.def_readwrite("threads", &Class::threads);
+  def_address(cls, "depth", &Class::depth);
+  def_address(cls, "image", &Class::image);
+  def_address(cls, "valid", &Class::valid);
+  def_address(cls, "sharp", &Class::sharp);
+  m.def(
+      "sharpen", [](const Class& pass) { return static_cast<int>(moe::cpu::sharpen(pass)); },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 #ifdef MOE3D_CUDA
 void bind_cuda(py::module_& m) {
   namespace cuda = moe::cuda;
@@ -252,6 +275,7 @@ PYBIND11_MODULE(_native, m) {
   bind_maps<const float>(m, "Cotangents");
   bind_gradients(m);
   bind_layers(m);
+  bind_sharpen(m);
   m.def("fingerprint", fingerprint);
   m.def("supported_isas", supported_isas, "Instruction sets that this build has and this processor runs, best first.");
   m.def("has_bf16_products", moe::cpu::has_bf16_products);

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe3d.ops.native_sharpen import can_sharpen, sharpen_once
+
 WINDOW = 5  # pixels
 SIGMA = 0.1  # of colour, of a range of 1
 EDGE_RATIO = 1.1
@@ -28,6 +30,7 @@ def sharpen(
     colour changes, and every depth is one that was predicted nearby: nothing is averaged. At the border the window
     repeats the last pixels. The filter is that of Ma et al., "Constant Time Weighted Median Filtering for Stereo
     Matching and Beyond" (ICCV 2013), here only where the window holds an edge of depth: surfaces stay as they are.
+    Float32 on the CPU, without gradients, goes through the compiled module, where that is installed.
 
     Args:
         depth: [B, H, W], in any unit.
@@ -46,18 +49,25 @@ def sharpen(
             an ``edge_ratio`` below 1.
     """
     _check(depth, image, passes, window, sigma, edge_ratio, valid)
+    once = sharpen_once if can_sharpen(depth, image, valid, window) else sharpen_in_pytorch
+    for _ in range(passes):
+        depth = once(depth, image, valid, window, sigma, edge_ratio)
+    return depth
+
+
+def sharpen_in_pytorch(
+    depth: Tensor, image: Tensor, valid: Tensor | None, window: int, sigma: float, edge_ratio: float
+) -> Tensor:
+    """One pass, with the arguments of :func:`sharpen`."""
     if valid is None:
         valid = torch.ones_like(depth, dtype=torch.bool)
-    colours, known = image.float().movedim(1, 0).flatten(1), valid.flatten().float()
-    for _ in range(passes):
-        at = _near_edges(depth, valid, window, edge_ratio).nonzero()
-        around, middle = _windows(at, depth.shape, window), window**2 // 2
-        seen = _pick(colours, around)
-        distance = (seen - seen[..., middle : middle + 1]).square().sum(0)
-        weights = (distance * (-0.5 / sigma**2)).exp() * _pick(known, around)
-        medians = _weighted_median(_pick(depth.flatten(), around), weights)
-        depth = depth.flatten().index_put((around[:, middle],), medians).view_as(depth)
-    return depth
+    at = _near_edges(depth, valid, window, edge_ratio).nonzero()
+    around, middle = _windows(at, depth.shape, window), window**2 // 2
+    seen = _pick(image.float().movedim(1, 0).flatten(1), around)
+    distance = (seen - seen[..., middle : middle + 1]).square().sum(0)
+    weights = (distance * (-0.5 / sigma**2)).exp() * _pick(valid.flatten().float(), around)
+    medians = _weighted_median(_pick(depth.flatten(), around), weights)
+    return depth.flatten().index_put((around[:, middle],), medians).view_as(depth)
 
 
 def _near_edges(depth: Tensor, valid: Tensor, window: int, edge_ratio: float) -> Tensor:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `support`, whatever the im
 from support.backends import cannot_run, runners
 
 NO_SKIPS = "MOE3D_NO_SKIPS"  # set by `make test-real`
+TAKE_MINUTES = {"test_triton_interpreter.py"}
 
 
 def pytest_configure(config):
@@ -57,6 +58,11 @@ def _why_no_real_vggt() -> str | None:
     except ImportError as error:
         return f"the real `vggt` package cannot be imported ({error})"
     return None
+
+
+def pytest_collection_modifyitems(items):
+    """What takes minutes begins first: a worker that got it last would go on alone."""
+    items.sort(key=lambda item: item.path.name not in TAKE_MINUTES)
 
 
 def pytest_runtest_setup(item):

@@ -25,7 +25,7 @@ ALLOWED = {
     "eager": set(),
     "position": {"eager"},
     "ops": {"kernels", "_build", "_native", "eager", "position"},
-    "sharpen": set(),
+    "sharpen": {"ops"},
     "functional": {"ops"},
     "nn": {"functional", "ops", "sharpen"},
     "integrations": {"atomic", "eager", "functional", "nn", "ops", "position"},

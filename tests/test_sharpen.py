@@ -1,17 +1,40 @@
-"""The median filter guided by an image, against SciPy's and NumPy's medians, and in the head."""
+"""The median filter guided by an image, in PyTorch and compiled, against SciPy's and NumPy's medians; in the head."""
 
 import re
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
+import moe3d.sharpen
+from moe3d import _build
 from moe3d.nn import MoEHead
+from moe3d.ops.native import ISA_VARIABLE
+from moe3d.ops.native_sharpen import can_sharpen
 from moe3d.sharpen import sharpen
+
+PYTORCH = "pytorch"
+
+
+def ways():
+    module = _build.native().module
+    return [PYTORCH, *(module.supported_isas() if module else [])]
+
+
+@pytest.fixture(params=ways())
+def way(request, monkeypatch):
+    """PyTorch's operators, or an instruction set of the compiled filter."""
+    if request.param == PYTORCH:
+        monkeypatch.setattr(moe3d.sharpen, "can_sharpen", lambda *_: False)
+    else:
+        monkeypatch.setenv(ISA_VARIABLE, request.param)
+        some = torch.ones(1, 2, 2)
+        assert can_sharpen(some, torch.ones(1, 3, 2, 2), None, 5)
+    return request.param
 
 
 def random(*shape, seed=0):
@@ -20,23 +43,26 @@ def random(*shape, seed=0):
 
 @pytest.mark.parametrize("window", [1, 3, 5, 7])
 @pytest.mark.parametrize("passes", [1, 3])
-def test_one_colour_makes_it_scipys_median_filter(window, passes):
-    depth = random(2, 13, 17)
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_one_colour_makes_it_scipys_median_filter(way, window, passes, width):
+    depth = random(2, 13, width)
     expected = depth.numpy()
     for _ in range(passes):
         expected = np.stack([ndimage.median_filter(frame, window, mode="nearest") for frame in expected])
-    sharp = sharpen(depth, torch.full((2, 3, 13, 17), 0.3), passes, window=window, edge_ratio=1)
+    sharp = sharpen(depth, torch.full((2, 3, 13, width), 0.3), passes, window=window, edge_ratio=1)
     np.testing.assert_array_equal(sharp, expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    depth=arrays.arrays(np.float32, st.tuples(*[st.integers(1, 9)] * 2), elements=st.floats(0.125, 10, width=32)),
+    depth=arrays.arrays(
+        np.float32, st.tuples(st.integers(1, 9), st.integers(1, 20)), elements=st.floats(0.125, 10, width=32)
+    ),
     window=st.sampled_from([1, 3, 5]),
     sigma=st.floats(0.03, 2),
     seed=st.integers(0, 2**31),
 )
-def test_each_pixel_becomes_numpys_weighted_quantile(depth, window, sigma, seed):
+def test_each_pixel_becomes_numpys_weighted_quantile(way, depth, window, sigma, seed):
     """NumPy's inverted CDF, in float64. Where rounding decides which depth has half of the weight, either is right."""
     generator = np.random.default_rng(seed)
     image = generator.uniform(size=(3, *depth.shape)).astype(np.float32)
@@ -60,7 +86,7 @@ def test_each_pixel_becomes_numpys_weighted_quantile(depth, window, sigma, seed)
         assert low <= sharp[y, x] <= high and sharp[y, x] in depth
 
 
-def test_a_ramp_between_two_colours_becomes_a_step_where_the_colour_changes():
+def test_a_ramp_between_two_colours_becomes_a_step_where_the_colour_changes(way):
     columns = torch.arange(16)
     depth = (1 + ((columns - 4) / 8).clamp(0, 1)).expand(1, 9, 16)  # from 1 to 2 over eight pixels
     image = torch.where(columns < 7, 0.2, 0.8).expand(1, 3, 9, 16)
@@ -76,7 +102,7 @@ def test_the_type_stays(dtype):
     assert sharp.dtype == dtype and torch.isin(sharp, depth).all()
 
 
-def test_only_windows_with_an_edge_change():
+def test_only_windows_with_an_edge_change(way):
     depth, image = random(1, 20, 20) * 0.04 + 1, torch.zeros(1, 3, 20, 20)  # from 1.02 to 1.06
     depth[..., 10:] += 1
     changed = (sharpen(depth, image, 1) != depth).any(dim=1)[0].nonzero()[:, 0]
@@ -86,10 +112,48 @@ def test_only_windows_with_an_edge_change():
     torch.testing.assert_close(sharpen(depth, image), depth, equal_nan=True)
 
 
-def test_no_pass_changes_nothing_and_frames_do_not_mix():
+def test_no_pass_changes_nothing_and_frames_do_not_mix(way):
     depth, image = random(2, 8, 9), random(2, 3, 8, 9, seed=1)
     assert sharpen(depth, image, 0) is depth
     torch.testing.assert_close(sharpen(depth, image)[1:], sharpen(depth[1:], image[1:]), rtol=0, atol=0)
+
+
+def test_infinite_depth_and_unknown_pixels(way):
+    depth, image = random(1, 9, 40), random(1, 3, 9, 40, seed=1)
+    valid = random(1, 9, 40, seed=2) > 0.8
+    depth[valid & (random(1, 9, 40, seed=3) > 1.4)] = torch.inf
+    expected = sharpen(depth.double(), image, 2, valid=valid).float()
+    unknown = torch.where(valid, depth, torch.nan)
+    sharp = sharpen(unknown, image, 2, valid=valid)
+    assert sharp[~valid].isnan().all() and torch.equal(sharp[valid], expected[valid])
+
+
+def test_the_compiled_filter_gives_the_same_with_any_number_of_threads_and_layout(way):
+    depth, image = random(3, 30, 41), random(3, 3, 30, 41, seed=1)
+    expected, before = sharpen(depth, image), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            sharp = sharpen(depth.mT.contiguous().mT, image.movedim(1, -1).contiguous().movedim(-1, 1))
+            assert torch.equal(sharp, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_the_compiled_filter_leaves_to_pytorch():
+    depth, image = random(1, 8, 9), random(1, 3, 8, 9)
+    some = depth.clone().requires_grad_()
+    sharpen(some, image, 2).sum().backward()  # each pixel's gradient goes to the depth that it took
+    assert some.grad.sum() == depth.numel() and some.grad.unique().numel() > 1
+    assert not can_sharpen(some, image, None, 5) and not can_sharpen(depth, image, None, 11)
+    assert not can_sharpen(depth.half(), image, None, 5) and not can_sharpen(depth.to("meta"), image, None, 5)
+    expected = torch.stack([torch.from_numpy(ndimage.median_filter(depth[0].numpy(), 11, mode="nearest"))])
+    assert torch.equal(sharpen(depth, torch.zeros_like(image), 1, window=11, edge_ratio=1), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 9), (1, 0, 9), (1, 8, 0)])
+def test_nothing_to_sharpen(shape):
+    assert sharpen(torch.ones(shape), torch.ones(shape[0], 3, *shape[1:])).shape == shape
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 #include "blend.h"
 #include "gemm.h"
+#include "median.h"
 #include "mix.h"
 #include "tile_kernels.h"
 #include "winograd.h"
@@ -34,6 +35,7 @@ Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
   kernels.winograd_input = winograd_input;
   kernels.winograd_output = winograd_output;
   kernels.blend_corners = blend_corners;
+  kernels.sharpen_row = sharpen_row;
   kernels.second_layer_backward = second_layer_backward;
   kernels.second_layer_weights = second_layer_weights;
   kernels.add_row = add_row;

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../moe_head.h"
+#include "../sharpen.h"
 
 namespace moe::cpu {
 
@@ -101,6 +102,14 @@ inline int64_t mix_scratch_floats(const Problem& p) {
   return kTileWidth * (p.experts * (3 * p.outputs + 6) + 8);
 }
 
+// Of one row of one plane in sharpen_row()'s scratch: the border's pixels beyond both ends, and a vector that begins at
+// the last column.
+static inline int64_t sharpen_row_floats(const Sharpening& p) { return (p.width + p.window + 2 * kGroup) / kGroup * kGroup; }
+static inline int64_t sharpen_scratch_floats(const Sharpening& p) {
+  // planes of depth, validity and colours; four of extremes, one of edges; values and weights of a window's pixels
+  return (5 * p.window + 5) * sharpen_row_floats(p) + 2 * p.window * p.window * kGroup;
+}
+
 struct Kernels {
   const char* isa;
   int block_rows;    // rows of c in one Gemm block
@@ -152,6 +161,10 @@ struct Kernels {
                           bool relu_residual, const float* added, float* y);
   // out = the weighted sum of four pixels.
   void (*blend_corners)(const float* const* corners, const float* weights, int64_t channels, float* out);
+
+  // --- the filter ---
+  // A row of the result; scratch: sharpen_scratch_floats().
+  void (*sharpen_row)(const Sharpening&, int64_t frame, int64_t row, float* scratch);
 
   // --- the adjoints ---
   // hidden[i] becomes the gradient before relu: where(hidden <= 0, 0, grad_z[i] . w2), w2 being [outputs][kGroup].

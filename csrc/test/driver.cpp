@@ -11,6 +11,7 @@
 #include "../cpu/select.h"
 #include "../decoder.h"
 #include "../moe_head.h"
+#include "../sharpen.h"
 
 using namespace moe;
 
@@ -225,6 +226,24 @@ Floats run_layers(const MapShape& s, const char* isa, int threads) {
   return all;
 }
 
+// --- the filter ---
+
+Floats run_filter(const MapShape& s, int64_t window, bool with_valid, const char* isa, int threads) {
+  std::mt19937 random(3);
+  const int64_t pixels = s.batch * s.height * s.width;
+  const Floats depth = draw(random, pixels), image = draw(random, 3 * pixels);
+  std::vector<uint8_t> valid(pixels);
+  for (uint8_t& one : valid) one = random() % 4 > 0;
+  Floats sharp(pixels, NAN);
+  Sharpening pass = {};
+  pass.batch = s.batch, pass.height = s.height, pass.width = s.width, pass.window = window;
+  pass.sigma = .5f, pass.edge_ratio = 1, pass.depth = depth.data(), pass.image = image.data();
+  pass.valid = with_valid ? valid.data() : nullptr;
+  pass.sharp = sharp.data(), pass.isa = isa, pass.threads = threads;
+  Case::check(cpu::sharpen(pass));
+  return sharp;
+}
+
 }  // namespace
 
 int main() {
@@ -254,5 +273,13 @@ int main() {
       expect(run_layers(kMaps[s], isas[i], 3) == one, "layers depend on the number of threads", isas[i], s);
     }
   }
+  for (size_t s = 0; s < sizeof kMaps / sizeof *kMaps; ++s)
+    for (int64_t window : {1, 3, 9})
+      for (bool with_valid : {false, true}) {
+        const Floats truth = run_filter(kMaps[s], window, with_valid, "portable", 1);
+        for (int i = 0; i < count; ++i)
+          for (int threads : {1, 3})
+            expect(run_filter(kMaps[s], window, with_valid, isas[i], threads) == truth, "filters differ", isas[i], s);
+      }
   std::printf("native driver: all shapes agree\n");
 }

@@ -13,10 +13,11 @@ from moe3d.benchmark.case import Case
 from moe3d.benchmark.peers import BY_EXPERT, COMPILED, CONCATENATED, STOCK, STOCK_CACHED
 from moe3d.benchmark.race import Outcome
 from moe3d.benchmark.roofline import Ceilings, tail_work
+from moe3d.benchmark.sharpening import IN_PYTORCH
 from moe3d.benchmark.statistics import Ratio, quantiles, ratio_of_medians
 
 SCHEMA = 1
-BASELINES = (STOCK, STOCK_CACHED, BY_EXPERT, CONCATENATED, COMPILED)
+BASELINES = (STOCK, STOCK_CACHED, BY_EXPERT, CONCATENATED, COMPILED, IN_PYTORCH)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from moe3d.benchmark import heads, peers, training
+from moe3d.benchmark import heads, peers, sharpening, training
 from moe3d.benchmark.case import Case, arithmetic
 from moe3d.benchmark.peers import TailField
 from moe3d.benchmark.race import Contestant, Effort, Outcome, race
+from moe3d.benchmark.sharpening import SharpeningField
 from moe3d.benchmark.training import TrainingField
 
 
@@ -56,6 +57,7 @@ RACES = {
         partial(TrainingField, to_features=True),
         "a training step of the tail with gradients to its features, as a trained decoder needs them",
     ),
+    "sharpen": Race(sharpening.names, SharpeningField, "the filter of depth's edges, four passes"),
 }
 
 # The names under which the peak memory of a race's calls is recorded.

@@ -14,6 +14,7 @@ from moe3d.benchmark.roofline import (
     PAPER_TIME_PERCENT,
     counted_overhead,
 )
+from moe3d.benchmark.sharpening import IN_PYTORCH
 from moe3d.benchmark.suites import MEMORY_SUITES, RACES
 
 _OVERHEAD_SUITES = ("head", "mini", "vggt")
@@ -48,6 +49,7 @@ def times(records: Sequence[Record]) -> str:
         ("x stock", lambda r: _ratio(r, STOCK)),
         ("x cached stock", lambda r: _ratio(r, STOCK_CACHED)),
         ("x eager", lambda r: _ratio(r, CONCATENATED)),
+        ("x PyTorch", lambda r: _ratio(r, IN_PYTORCH)),
         ("error", lambda r: f"{r.rms_error:.0e}"),
         ("GFLOP/s", lambda r: f"{r.roof['gflops']:.0f}" if r.roof else ""),
         ("direct GFLOP/s", _direct_rate),

@@ -39,12 +39,12 @@ EDGE_TOLERANCE = 0.03
 SNAP_RATIO = 1.2
 SEEDS = {"train": 0, "val": 1, "test": 2}  # of the draw of scenes
 BASELINE = ("single-l2", "mean")
-SINGLE_DECODES = ("mean", "snapped", "sharpened", "filtered")
+SINGLE_DECODES = ("mean", "snapped", "sharpened", "filtered", "edge-oracle")
 MIXTURE_DECODES = (
-    "mean", "argmax", "tempered", "switch", "snapped", "sharpened", "filtered", "oracle", "image-oracle",
+    "mean", "argmax", "tempered", "switch", "snapped", "sharpened", "filtered", "edge-oracle", "oracle", "image-oracle",
 )  # fmt: skip
 _MODES = {"argmax": "argmax", "switch": "switch", "snapped": "switch", "filtered": "switch"}  # else: mean
-_MARKERS = dict(zip(MIXTURE_DECODES, "osD^vp>*X", strict=True))
+_MARKERS = dict(zip(MIXTURE_DECODES, "osD^vp>P*X", strict=True))
 
 
 @torch.no_grad()
@@ -275,7 +275,8 @@ class Study:
         rate = best_rate(rates)
         network = cast(FeatureNetwork, self.trainer.train(variant.head, variant.recipe, seed, rate).network)
         temperature = self._choose_temperature(network) if variant.recipe.num_experts > 1 else 1.0
-        temperatures = {"tempered": temperature, "sharpened": variant.recipe.decode_temperature}
+        own = variant.recipe.decode_temperature
+        temperatures = {"tempered": temperature, "sharpened": own, "edge-oracle": own}
         gap = variant.recipe.gap
         judged = {
             part: {d: _judge_all(network, d, self.held[part], temperatures, gap) for d in variant.decodes}
@@ -324,6 +325,8 @@ def decode_depth(
 
     - mean, argmax, switch: the head's own modes; tempered: a mean at a temperature chosen on validation scenes.
     - sharpened: a mean at the recipe's temperature, then :func:`~moe3d.sharpen.sharpen`.
+    - edge-oracle: the same, with a filter that sees the true depth in place of the image, and more of it
+      (:func:`with_true_edges`): what remains has the wrong depth, not a soft edge.
     - snapped: what a single head predicts, or a mixture's switch, each pixel moved to the nearer one of the least and
       the largest depth around it (3x3) where these differ by more than a factor 1.2.
     - filtered: the same before snapping; the filter itself is a matter of judging.
@@ -344,6 +347,8 @@ def decode_depth(
             tail.mode, tail.temperature, tail.gap = before
     if decode == "sharpened":
         return sharpen(torch.from_numpy(depth)[None], held.batch["images"][:, 0])[0].numpy()
+    if decode == "edge-oracle":
+        return with_true_edges(depth, *held.on_grid())
     return snap(depth) if decode == "snapped" else depth
 
 
@@ -365,6 +370,13 @@ def image_depth(truth: np.ndarray, valid: np.ndarray, image: np.ndarray) -> np.n
     """
     depth, known, colours = (torch.from_numpy(array)[None] for array in (truth, valid, image))
     return sharpen(depth, colours, 1, edge_ratio=1.0, valid=known)[0].numpy()
+
+
+def with_true_edges(depth: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Depth [H, W] whose edges are moved to the truth's; where that is not valid it stays."""
+    true_log = torch.from_numpy(np.log(np.where(valid, truth, 1.0))).float().expand(1, 3, -1, -1)
+    predicted, known = (torch.from_numpy(array)[None] for array in (depth, valid))
+    return sharpen(predicted, true_log, passes=8, window=9, edge_ratio=1.0, valid=known)[0].numpy()
 
 
 def _oracle(predicted: Mapping[str, Tensor], held: Held, by_image: bool) -> np.ndarray:

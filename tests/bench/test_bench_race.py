@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from moe3d.benchmark import peers as tail_peers
+from moe3d.benchmark import sharpening
 from moe3d.benchmark.accuracy import Error, Wrong
 from moe3d.benchmark.case import Case
 from moe3d.benchmark.peers import (
@@ -139,6 +140,15 @@ def test_a_wrong_backend_is_refused(suite, case, wrong_backend):
     outcomes = RACES[suite].run(case, SHORT, [STOCK, STOCK_CACHED, BY_EXPERT, "reference", wrong_backend])
     assert outcomes[wrong_backend].times == [] and "wrong: relative RMS error" in outcomes[wrong_backend].refused
     assert outcomes["reference"].times and outcomes["reference"].refused is None
+
+
+def test_a_wrong_filter_is_refused(monkeypatch):
+    case = Case(2, 28, 42, experts=1)
+    assert all(o.times and o.error.rms < 1e-3 for o in RACES["sharpen"].run(case, SHORT).values())
+    monkeypatch.setitem(sharpening._WAYS, sharpening.COMPILED_FILTER, lambda depth, *_: depth)
+    outcomes = RACES["sharpen"].run(case, SHORT)
+    assert "wrong: relative RMS error" in outcomes[sharpening.COMPILED_FILTER].refused
+    assert outcomes[sharpening.IN_PYTORCH].times
 
 
 def test_wrong_gradients_are_refused(monkeypatch):

@@ -30,6 +30,7 @@ from moe3d.training.study import (
     snap,
     table,
     wide_head,
+    with_true_edges,
     write_study,
 )
 from moe3d.training.validate import METRICS
@@ -135,7 +136,7 @@ def held():
     return Held(batch, truth, np.ones_like(truth, dtype=bool))
 
 
-HALF = {"tempered": 0.5, "sharpened": 0.5}
+HALF = {"tempered": 0.5, "sharpened": 0.5, "edge-oracle": 0.5}
 
 
 @torch.no_grad()
@@ -150,6 +151,8 @@ def test_decodes_are_the_heads_own_modes_and_leave_the_head_alone(network, held)
     )
     mean = decode_depth(network, "mean", held, HALF, 0.3)
     np.testing.assert_allclose(mean, predicted["depth"][0, 0, ..., 0])
+    edges = with_true_edges(((tempered * hypotheses).sum(0)).numpy(), *held.on_grid())
+    np.testing.assert_allclose(decode_depth(network, "edge-oracle", held, HALF, 0.3), edges, rtol=1e-4)
     sharp = sharpen((tempered * hypotheses).sum(0)[None], held.batch["images"][:, 0])[0]
     np.testing.assert_allclose(decode_depth(network, "sharpened", held, HALF, 0.3), sharp, rtol=1e-4)
     assert (network.tail.mode, network.tail.temperature) == ("mean", 1.0)
@@ -175,6 +178,16 @@ def test_the_image_moves_an_edge_to_where_it_sees_it():
     valid = np.ones_like(truth, dtype=bool)
     np.testing.assert_array_equal(image_depth(truth, valid, image), expected)
     np.testing.assert_array_equal(image_depth(truth, valid, np.zeros((3, 8, 12))), truth)  # a flat image knows nothing
+
+
+def test_true_edges_turn_a_ramp_into_the_truths_step():
+    truth = np.where(np.arange(24) < 10, 1.0, 2.0) * np.ones((9, 1))
+    valid = np.ones_like(truth, dtype=bool)
+    valid[:, 3] = False
+    ramp = np.interp(np.arange(24), [8, 16], [1.2, 1.8]) * np.ones((9, 1))  # half-way at 12, and flatter than the truth
+    sharp = with_true_edges(ramp, truth, valid)
+    assert sharp[:, :10].max() < 1.35 and sharp[:, 10:].min() > 1.5 and np.isin(sharp, ramp).all()
+    assert (sharp[:, 3] == ramp[:, 3]).all()
 
 
 def test_snapping_moves_depths_between_two_surfaces_onto_one_of_them():
