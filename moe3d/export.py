@@ -33,6 +33,7 @@ from torch import nn
 
 from moe3d.atomic import output_folder, whole_file
 from moe3d.ops.schema import decompose_moe_head, moe_head_op
+from moe3d.ops.types import MoEOutput
 
 
 def to_program(
@@ -45,7 +46,8 @@ def to_program(
         args, kwargs: an example of what it is called with; at least 2 long in each dimension that is to stay open.
         dynamic_shapes: the dimensions that stay open, as for ``torch.export.export``; None = all are the example's.
 
-    All frames go through the head at once, whatever ``frames_chunk_size`` is: a loop would fix their number.
+    All frames go through the head at once, whatever ``frames_chunk_size`` is: a loop would fix their number. Where the
+    model returns a :class:`~moe3d.ops.types.MoEOutput`, the program returns a dictionary with the names of its fields.
 
     Raises:
         ValueError: the model is in training mode.
@@ -134,9 +136,12 @@ def to_aoti(
 
 @contextmanager
 def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """``torch.export`` knows dictionaries, but not their subclasses, as Depth Anything 3 returns them."""
+    """Dictionaries, of which ``torch.export`` knows no subclass, as Depth Anything 3 returns it; and in place of a
+    :class:`MoEOutput`, which nobody knows where this package is not installed."""
 
     def plain(module, args, outputs):
+        if isinstance(outputs, MoEOutput):
+            return outputs._asdict()
         return dict(outputs) if isinstance(outputs, dict) else outputs
 
     handle = model.register_forward_hook(plain)

@@ -189,7 +189,7 @@ def _pytest(*arguments: str) -> dict:
 
 def _fast(context: Context) -> list[Item]:
     """The headline first; torch.compile's search takes longest and comes last."""
-    from moe3d.benchmark import heads, peers
+    from moe3d.benchmark import heads, peers, sharpening
     from moe3d.benchmark.case import Case
 
     quick = [name for name in peers.peers() if name != peers.COMPILED]
@@ -199,6 +199,7 @@ def _fast(context: Context) -> list[Item]:
     plan += [("head", Case(f, precision="tf32", device=device), heads.names()) for f in (8, 1)]
     plan += [("mini", Case(f, channels=32, precision="tf32", device=device), heads.names()) for f in (8, 1)]
     plan += [("vggt", Case(f, precision="tf32", device=device), heads.names()) for f in (8, 1)]
+    plan.append(("sharpen", Case(8, experts=1, device=device), sharpening.names()))
     named = [(f"{suite} {case.label}", suite, case, names) for suite, case, names in plan]
     named += [
         (f"torch.compile {case.label}", "tail", case, compiled)
