@@ -89,6 +89,15 @@ def test_what_is_finished_stays_and_what_was_cut_short_is_done_again(folder, opt
         results.write_text(before)
 
 
+def test_all_variants_fit_the_table_and_the_figure(folder, tmp_path):
+    line = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
+    lines = [{**line, "variant": name} for name in VARIANTS]
+    study.figure(lines, tmp_path / "figure.svg")
+    drawn, text = (tmp_path / "figure.svg").read_text(), table(lines, "test")
+    for name, variant in VARIANTS.items():
+        assert (f"<!-- {name} -->" in drawn) == variant.every_seed and f"| {variant.about} | mean | 1 |" in text
+
+
 def test_a_head_that_diverges_gets_a_line_that_says_so(folder, options, monkeypatch, tmp_path):
     """So much noise sends depth beyond float32, whatever the rate."""
     shutil.copytree(folder, tmp_path / "study")
