@@ -195,7 +195,7 @@ void bind_sharpen(py::module_& m) {
   cls.def_readwrite("height", &Class::height);
   cls.def_readwrite("width", &Class::width);
   cls.def_readwrite("window", &Class::window);
-  cls.def_readwrite("sigma", &Class::sigma);
+  cls.def_readwrite("steepness", &Class::steepness);
   cls.def_readwrite("edge_ratio", &Class::edge_ratio);
   cls.def_readwrite("threads", &Class::threads);
   def_address(cls, "depth", &Class::depth);

@@ -11,7 +11,7 @@ namespace moe {
 struct Sharpening {
   int64_t batch, height, width;
   int64_t window;        // side, odd
-  float sigma;           // of colour
+  float steepness;       // a neighbour weighs exp(-steepness * its squared distance in colour)
   float edge_ratio;
   const float* depth;    // [batch][row][column]
   const float* image;    // [batch][3][row][column]

@@ -51,21 +51,26 @@ def sharpen(
     _check(depth, image, passes, window, sigma, edge_ratio, valid)
     once = sharpen_once if can_sharpen(depth, image, valid, window) else sharpen_in_pytorch
     for _ in range(passes):
-        depth = once(depth, image, valid, window, sigma, edge_ratio)
+        depth = once(depth, image, valid, window, steepness_of(sigma), edge_ratio)
     return depth
 
 
+def steepness_of(sigma: float) -> float:
+    """1 / (2 sigma^2), as far as float32 goes: beyond it no other colour weighs anything."""
+    return min(0.5 / sigma / sigma, torch.finfo(torch.float32).max)
+
+
 def sharpen_in_pytorch(
-    depth: Tensor, image: Tensor, valid: Tensor | None, window: int, sigma: float, edge_ratio: float
+    depth: Tensor, image: Tensor, valid: Tensor | None, window: int, steepness: float, edge_ratio: float
 ) -> Tensor:
-    """One pass, with the arguments of :func:`sharpen`."""
+    """One pass, with the arguments of :func:`sharpen`; a neighbour weighs exp(-steepness |image(p) - image(q)|^2)."""
     if valid is None:
         valid = torch.ones_like(depth, dtype=torch.bool)
     at = _near_edges(depth, valid, window, edge_ratio).nonzero()
     around, middle = _windows(at, depth.shape, window), window**2 // 2
     seen = _pick(image.float().movedim(1, 0).flatten(1), around)
     distance = (seen - seen[..., middle : middle + 1]).square().sum(0)
-    weights = (distance * (-0.5 / sigma**2)).exp() * _pick(valid.flatten().float(), around)
+    weights = (distance * -steepness).exp() * _pick(valid.flatten().float(), around)
     medians = _weighted_median(_pick(depth.flatten(), around), weights)
     return depth.flatten().index_put((around[:, middle],), medians).view_as(depth)
 

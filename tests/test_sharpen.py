@@ -128,6 +128,16 @@ def test_infinite_depth_and_unknown_pixels(way):
     assert sharp[~valid].isnan().all() and torch.equal(sharp[valid], expected[valid])
 
 
+@pytest.mark.parametrize("sigma", [1e-200, 1e-20, 1e20, 1e200])
+def test_no_sigma_is_too_small_or_too_large(way, sigma):
+    depth, grey = random(1, 9, 40), (random(1, 1, 9, 40, seed=1) > 1).float().expand(1, 3, 9, 40)
+    sharp = sharpen(depth, grey, 1, sigma=sigma, edge_ratio=1)
+    if sigma > 1:
+        torch.testing.assert_close(sharp, sharpen(depth, torch.zeros_like(grey), 1, edge_ratio=1), rtol=0, atol=0)
+    else:
+        torch.testing.assert_close(sharp, sharpen(depth, 1e3 * grey, 1, edge_ratio=1), rtol=0, atol=0)
+
+
 def test_the_compiled_filter_gives_the_same_with_any_number_of_threads_and_layout(way):
     depth, image = random(3, 30, 41), random(3, 3, 30, 41, seed=1)
     expected, before = sharpen(depth, image), torch.get_num_threads()

@@ -72,7 +72,6 @@ void find_edges(const Sharpening& p, const WindowRows& rows, float* high, float*
 // of the weight, the least. For so few the square of their number is less work than sorting them.
 Vec weighted_medians(const Sharpening& p, const WindowRows& rows, int64_t begin, float* values, float* weights) {
   const int64_t window = rows.window, count = window * window, middle = window / 2;
-  const float factor = -.5f / (p.sigma * p.sigma);
   Vec centre[kColours];
   for (int c = 0; c < kColours; ++c) centre[c] = load_anywhere(rows.colour(c, middle) + begin + middle);
   for (int64_t n = 0; n < count; ++n) {
@@ -85,7 +84,7 @@ Vec weighted_medians(const Sharpening& p, const WindowRows& rows, int64_t begin,
     store(weights + n * kLanes, distance);
     store(values + n * kLanes, load_anywhere(rows.depth(row) + at));
   }
-  each_pixel(count * kLanes, [=](int64_t i) { weights[i] = fast_exp(factor * weights[i]); });
+  each_pixel(count * kLanes, [=](int64_t i) { weights[i] = fast_exp(-p.steepness * weights[i]); });
   const Vec zero = {};
   Vec half = {};
   auto no_number = zero != zero;

@@ -237,7 +237,7 @@ Floats run_filter(const MapShape& s, int64_t window, bool with_valid, const char
   Floats sharp(pixels, NAN);
   Sharpening pass = {};
   pass.batch = s.batch, pass.height = s.height, pass.width = s.width, pass.window = window;
-  pass.sigma = .5f, pass.edge_ratio = 1, pass.depth = depth.data(), pass.image = image.data();
+  pass.steepness = 2, pass.edge_ratio = 1, pass.depth = depth.data(), pass.image = image.data();
   pass.valid = with_valid ? valid.data() : nullptr;
   pass.sharp = sharp.data(), pass.isa = isa, pass.threads = threads;
   Case::check(cpu::sharpen(pass));

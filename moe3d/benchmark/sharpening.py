@@ -14,7 +14,7 @@ from moe3d.benchmark.case import Case
 from moe3d.benchmark.race import Contestant, Unavailable
 from moe3d.models import load_mini
 from moe3d.ops.native_sharpen import can_sharpen, sharpen_once
-from moe3d.sharpen import EDGE_RATIO, SIGMA, WINDOW, sharpen_in_pytorch
+from moe3d.sharpen import EDGE_RATIO, SIGMA, WINDOW, sharpen_in_pytorch, steepness_of
 from moe3d.training.validate import motorcycle
 
 PASSES = 4
@@ -46,7 +46,7 @@ class SharpeningField:
 
 def _passes(once: Callable[..., Tensor], depth: Tensor, image: Tensor) -> Tensor:
     for _ in range(PASSES):
-        depth = once(depth, image, None, WINDOW, SIGMA, EDGE_RATIO)
+        depth = once(depth, image, None, WINDOW, steepness_of(SIGMA), EDGE_RATIO)
     return depth
 
 

@@ -25,14 +25,14 @@ def can_sharpen(depth: Tensor, image: Tensor, valid: Tensor | None, window: int)
 
 
 def sharpen_once(
-    depth: Tensor, image: Tensor, valid: Tensor | None, window: int, sigma: float, edge_ratio: float
+    depth: Tensor, image: Tensor, valid: Tensor | None, window: int, steepness: float, edge_ratio: float
 ) -> Tensor:
-    """One pass over what :func:`can_sharpen`, with the arguments of :func:`moe3d.sharpen.sharpen`."""
+    """One pass over what :func:`can_sharpen`, with the arguments of :func:`moe3d.sharpen.sharpen_in_pytorch`."""
     module: Any = _build.native().module
     depth, image = depth.detach().contiguous(), image.detach().float().contiguous()
     sharp, call = torch.empty_like(depth), module.Sharpening()
     call.batch, call.height, call.width = depth.shape
-    call.window, call.sigma, call.edge_ratio = window, sigma, edge_ratio
+    call.window, call.steepness, call.edge_ratio = window, steepness, edge_ratio
     call.depth, call.image, call.sharp = depth.data_ptr(), image.data_ptr(), sharp.data_ptr()
     if valid is not None:
         valid = valid.bool().contiguous()
