@@ -141,11 +141,11 @@ void bind_gradients(py::module_& m) {
   def_address(cls, "gate_logits", &Gradients::gate_logits);
 }
 
-// A layer of the decoder, and its function under the name of its kind.
-template <typename Layer>
-py::class_<Owned<Layer>> bind_layer(py::module_& m, const char* name, const char* function,
-                                    moe::Status (*run)(const Layer&)) {
-  using Class = Owned<Layer>;
+// What works on maps of one size, and its function.
+template <typename Struct>
+py::class_<Owned<Struct>> bind_call(py::module_& m, const char* name, const char* function,
+                                    moe::Status (*run)(const Struct&)) {
+  using Class = Owned<Struct>;
   py::class_<Class> cls(m, name);
   cls.def(py::init<>());
   cls.def_property(
@@ -153,16 +153,25 @@ py::class_<Owned<Layer>> bind_layer(py::module_& m, const char* name, const char
   cls.def_readwrite("batch", &Class::batch);
   cls.def_readwrite("height", &Class::height);
   cls.def_readwrite("width", &Class::width);
+  cls.def_readwrite("threads", &Class::threads);
+  m.def(
+      function, [run](const Class& call) { return static_cast<int>(run(call)); },
+      py::call_guard<py::gil_scoped_release>());
+  return cls;
+}
+
+// A layer of the decoder, and its function under the name of its kind.
+template <typename Layer>
+py::class_<Owned<Layer>> bind_layer(py::module_& m, const char* name, const char* function,
+                                    moe::Status (*run)(const Layer&)) {
+  using Class = Owned<Layer>;
+  auto cls = bind_call(m, name, function, run);
   cls.def_readwrite("in_channels", &Class::in_channels);
   cls.def_readwrite("out_channels", &Class::out_channels);
-  cls.def_readwrite("threads", &Class::threads);
   def_address(cls, "x", &Class::x);
   def_address(cls, "weights", &Class::weights);
   def_address(cls, "bias", &Class::bias);
   def_address(cls, "y", &Class::y);
-  m.def(
-      function, [run](const Class& layer) { return static_cast<int>(run(layer)); },
-      py::call_guard<py::gil_scoped_release>());
   return cls;
 }
 
@@ -186,25 +195,15 @@ void bind_layers(py::module_& m) {
 }
 
 void bind_sharpen(py::module_& m) {
-  using Class = Owned<moe::Sharpening>;
-  py::class_<Class> cls(m, "Sharpening");
-  cls.def(py::init<>());
-  cls.def_property(
-      "isa", [](const Class& self) { return self.isa_name; }, &Class::set_isa);
-  cls.def_readwrite("batch", &Class::batch);
-  cls.def_readwrite("height", &Class::height);
-  cls.def_readwrite("width", &Class::width);
-  cls.def_readwrite("window", &Class::window);
-  cls.def_readwrite("steepness", &Class::steepness);
-  cls.def_readwrite("edge_ratio", &Class::edge_ratio);
-  cls.def_readwrite("threads", &Class::threads);
-  def_address(cls, "depth", &Class::depth);
-  def_address(cls, "image", &Class::image);
-  def_address(cls, "valid", &Class::valid);
-  def_address(cls, "sharp", &Class::sharp);
-  m.def(
-      "sharpen", [](const Class& pass) { return static_cast<int>(moe::cpu::sharpen(pass)); },
-      py::call_guard<py::gil_scoped_release>());
+  using moe::Sharpening;
+  auto cls = bind_call(m, "Sharpening", "sharpen", moe::cpu::sharpen);
+  cls.def_readwrite("window", &Sharpening::window);
+  cls.def_readwrite("steepness", &Sharpening::steepness);
+  cls.def_readwrite("edge_ratio", &Sharpening::edge_ratio);
+  def_address(cls, "depth", &Sharpening::depth);
+  def_address(cls, "image", &Sharpening::image);
+  def_address(cls, "valid", &Sharpening::valid);
+  def_address(cls, "sharp", &Sharpening::sharp);
 }
 
 #ifdef MOE3D_CUDA

@@ -104,7 +104,9 @@ inline int64_t mix_scratch_floats(const Problem& p) {
 
 // Of one row of one plane in sharpen_row()'s scratch: the border's pixels beyond both ends, and a vector that begins at
 // the last column.
-static inline int64_t sharpen_row_floats(const Sharpening& p) { return (p.width + p.window + 2 * kGroup) / kGroup * kGroup; }
+static inline int64_t sharpen_row_floats(const Sharpening& p) {
+  return (p.width + p.window + 2 * kGroup) / kGroup * kGroup;
+}
 static inline int64_t sharpen_scratch_floats(const Sharpening& p) {
   // planes of depth, validity and colours; four of extremes, one of edges; values and weights of a window's pixels
   return (5 * p.window + 5) * sharpen_row_floats(p) + 2 * p.window * p.window * kGroup;

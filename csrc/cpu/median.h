@@ -68,33 +68,40 @@ void find_edges(const Sharpening& p, const WindowRows& rows, float* high, float*
   for (int64_t x = p.width; x < stride; ++x) edges[x] = 0;
 }
 
+// f(n, row, column) for each pixel of a window, counted row by row.
+template <typename Function>
+inline __attribute__((always_inline)) void each_of_window(int64_t window, Function f) {
+  int64_t n = 0;
+  for (int64_t row = 0; row < window; ++row)
+    for (int64_t column = 0; column < window; ++column) f(n++, row, column);
+}
+
 // The medians of kLanes neighbours from column `begin` on, by counting: of the depths that with all lesser ones have half
 // of the weight, the least. For so few the square of their number is less work than sorting them.
-Vec weighted_medians(const Sharpening& p, const WindowRows& rows, int64_t begin, float* values, float* weights) {
+Vec weighted_medians(const WindowRows rows, float steepness, int64_t begin, float* values, float* weights) {
   const int64_t window = rows.window, count = window * window, middle = window / 2;
   Vec centre[kColours];
   for (int c = 0; c < kColours; ++c) centre[c] = load_anywhere(rows.colour(c, middle) + begin + middle);
-  for (int64_t n = 0; n < count; ++n) {
-    const int64_t row = n / window, at = begin + n % window;
+  each_of_window(window, [&](int64_t n, int64_t row, int64_t column) {
     Vec distance = {};
     for (int c = 0; c < kColours; ++c) {
-      const Vec difference = load_anywhere(rows.colour(c, row) + at) - centre[c];
+      const Vec difference = load_anywhere(rows.colour(c, row) + begin + column) - centre[c];
       distance += difference * difference;
     }
     store(weights + n * kLanes, distance);
-    store(values + n * kLanes, load_anywhere(rows.depth(row) + at));
-  }
-  each_pixel(count * kLanes, [=](int64_t i) { weights[i] = fast_exp(-p.steepness * weights[i]); });
+    store(values + n * kLanes, load_anywhere(rows.depth(row) + begin + column));
+  });
+  each_pixel(count * kLanes, [=](int64_t i) { weights[i] = fast_exp(-steepness * weights[i]); });
   const Vec zero = {};
   Vec half = {};
   auto no_number = zero != zero;
-  for (int64_t n = 0; n < count; ++n) {
-    const Vec known = load_anywhere(rows.known(n / window) + begin + n % window);
+  each_of_window(window, [&](int64_t n, int64_t row, int64_t column) {
+    const Vec known = load_anywhere(rows.known(row) + begin + column);
     const Vec value = load(values + n * kLanes), weight = known * load(weights + n * kLanes);
     no_number |= (known > zero) & (value != value);
     store(weights + n * kLanes, weight);
     half += .5f * weight;
-  }
+  });
   no_number |= half != half;
   Vec median = broadcast(INFINITY);
   for (int64_t i = 0; i < count; i += kCandidates) {
@@ -125,7 +132,7 @@ void sharpen_row(const Sharpening& p, int64_t frame, int64_t row, float* scratch
     bool any = false;
     for (int64_t x = begin; x < begin + kLanes; ++x) any |= edges[x] > 0;
     if (!any) continue;
-    const Vec medians = weighted_medians(p, rows, begin, values, weights);
+    const Vec medians = weighted_medians(rows, p.steepness, begin, values, weights);
     const int64_t end = begin + kLanes < p.width ? begin + kLanes : p.width;
     for (int64_t x = begin; x < end; ++x)
       if (edges[x] > 0) sharp[x] = medians[x - begin];

@@ -62,9 +62,10 @@ def _photograph(case: Case) -> tuple[Tensor, Tensor]:
     """The Motorcycle pair's left view and its predicted depth, both resized, for each frame."""
     (sample,) = motorcycle()
     images = sample.images[:1]
-    depth = load_mini()(images)["depth"][0, ..., 0]
-    resized = F.interpolate(depth[None], case.size, mode="bilinear")[0]
-    image = F.interpolate(images, case.size, mode="bilinear", antialias=True)
-    frames = (t.expand(case.frames, *t.shape[1:]).contiguous().to(case.device) for t in (resized, image))
-    depth, image = frames
-    return depth, image
+    depth = load_mini()(images)["depth"][..., 0]
+
+    def of_the_case(maps: Tensor) -> Tensor:
+        resized = F.interpolate(maps, case.size, mode="bilinear", antialias=True)
+        return resized.expand(case.frames, -1, -1, -1).contiguous().to(case.device)
+
+    return of_the_case(depth)[:, 0], of_the_case(images)

@@ -449,10 +449,12 @@ def table(lines: Sequence[Mapping[str, Any]], part: str) -> str:
         cells += [_spread([line[part][decode][key] for line in group]) for key in METRICS]
         cells += [*ratios, _spread([line["gate"].get("entropy") for line in group]), _usage(group[0])]
         rows.append("| " + " | ".join(cells) + " |")
-    for name, about in ((name, variant.about) for name, variant in VARIANTS.items()):
+    for name, variant in VARIANTS.items():
         diverged = sum(line["variant"] == name and "diverged" in line for line in lines)
         if diverged:
-            rows.append("| " + " | ".join([about, "diverges", str(diverged)] + ["-"] * (len(header) - 3)) + " |")
+            rows.append(
+                "| " + " | ".join([variant.about, "diverges", str(diverged)] + ["-"] * (len(header) - 3)) + " |"
+            )
     return "\n".join(rows)
 
 
