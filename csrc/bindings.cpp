@@ -258,7 +258,7 @@ uint64_t fingerprint(const std::vector<std::pair<uintptr_t, int64_t>>& arrays) {
 }
 
 std::vector<std::string> supported_isas() {
-  const char* names[3];
+  const char* names[moe::cpu::kMostIsas];
   const int count = moe::cpu::supported_isas(names);
   return {names, names + count};
 }
@@ -277,7 +277,7 @@ PYBIND11_MODULE(_native, m) {
   bind_sharpen(m);
   m.def("fingerprint", fingerprint);
   m.def("supported_isas", supported_isas, "Instruction sets that this build has and this processor runs, best first.");
-  m.def("has_bf16_products", moe::cpu::has_bf16_products);
+  m.def("has_bf16_products", [](const std::string& isa) { return moe::cpu::has_bf16_products(isa.c_str()); });
   m.def("has_thread_runtime", moe::cpu::has_thread_runtime);
   m.def(
       "cpu_forward",

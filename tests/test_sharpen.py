@@ -11,18 +11,17 @@ from hypothesis.extra import numpy as arrays
 from scipy import ndimage
 
 import moe3d.sharpen
-from moe3d import _build
 from moe3d.nn import MoEHead
 from moe3d.ops.native import ISA_VARIABLE
 from moe3d.ops.native_sharpen import can_sharpen
 from moe3d.sharpen import sharpen
+from support.isas import isas
 
 PYTORCH = "pytorch"
 
 
 def ways():
-    module = _build.native().module
-    return [PYTORCH, *(module.supported_isas() if module else [])]
+    return [PYTORCH, *isas()]
 
 
 @pytest.fixture(params=ways())

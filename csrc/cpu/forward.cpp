@@ -125,7 +125,7 @@ class RowWorker {
 void forward_by_rows(const PackedHead& head, const std::vector<Band>& bands, const Outputs& outputs) {
   const Problem& p = head.problem;
   const RowPlan rows(p.in_height, p.height);
-  const ColumnPlan columns(p.in_width, p.width, round_up(p.in_width, head.kernels.block_rows));
+  const ColumnPlan columns(p.in_width, p.width, round_up(p.in_width, head.block_rows()));
   const auto count = static_cast<int64_t>(bands.size());
   std::vector<std::unique_ptr<RowWorker>> workers;  // made here: an exception must not leave a thread of the team
   for (int64_t slot = 0; slot < std::min<int64_t>(p.threads, count); ++slot)
@@ -155,7 +155,7 @@ template <typename Function>
 Status with_products(const Problem& p, Function function) {
   Status status = Status::ok;
   const Status ran = with_kernels(p.isa, [&](const Kernels& kernels) {
-    if (p.bf16 && !(kernels.gemm_bf16 && has_bf16_products()))
+    if (p.bf16 && !kernels.bf16.gemm)
       status = Status::isa_not_supported;
     else
       function(kernels);

@@ -11,9 +11,9 @@ HiddenRows::HiddenRows(const PackedHead& head, const RowPlan& rows, const Column
       tiles_(divide_up(head.problem.width, kTileWidth)),
       ring_rows_(rows.max_ranks(1)),
       packed_rows_(rows.max_ranks(chunk)),
-      packed_row_floats_(round_up(head.problem.in_width, head.kernels.block_rows) * head.layout.floats()) {
-  const int64_t W = head.problem.width, columns_in = round_up(head.problem.in_width, head.kernels.block_rows);
-  packed_ = zeros(packed_rows_ * packed_row_floats_ + head.kernels.block_rows);
+      packed_row_floats_(round_up(head.problem.in_width, head.block_rows()) * head.layout.floats()) {
+  const int64_t W = head.problem.width, columns_in = round_up(head.problem.in_width, head.block_rows());
+  packed_ = zeros(packed_rows_ * packed_row_floats_ + head.block_rows());
   packed_rank_.assign(packed_rows_, -1);
   products_ = Buffer((columns_in + 1) * kColumn);
   std::memset(products_ + columns_in * kColumn, 0, kColumn * sizeof(float));
@@ -22,7 +22,7 @@ HiddenRows::HiddenRows(const PackedHead& head, const RowPlan& rows, const Column
   done_.assign(head.groups() * ring_rows_ * tiles_, 0);
   zero_row_ = zeros(W * kGroup);
   base_ = Buffer(chunk * kEdgeKinds * kGroup);
-  position_products_ = Buffer(round_up(chunk + 2, head.kernels.block_rows) * kColumn);
+  position_products_ = Buffer(round_up(chunk + 2, head.block_rows()) * kColumn);
 }
 
 Span HiddenRows::tile(int64_t t) const {
@@ -59,9 +59,9 @@ void HiddenRows::begin_group(int64_t g) {
   if (!p.pos_y) return;
 
   const Span table = {std::max<int64_t>(chunk_.begin - 1, 0), std::min(chunk_.end + 1, p.height)};
-  const Buffer pixels = pack_positions(p.pos_y, table, head_.layout, head_.kernels.block_rows);
+  const Buffer pixels = pack_positions(p.pos_y, table, head_.layout, head_.block_rows());
   head_.multiply(g, PackedHead::Channels::second_half, pixels.data(), head_.layout.half_floats(),
-                 divide_up(table.size(), head_.kernels.block_rows), position_products_.data());
+                 divide_up(table.size(), head_.block_rows()), position_products_.data());
   for (int64_t Y = chunk_.begin; Y < chunk_.end; ++Y)
     for (int dy = 0; dy < 3; ++dy) {
       const int64_t row = Y + dy - 1;
@@ -97,14 +97,14 @@ void HiddenRows::ensure(int64_t g, int64_t rank, const uint8_t* wanted) {
 }
 
 void HiddenRows::compute(int64_t g, int64_t rank, Span wanted) {
-  const int64_t block_rows = head_.kernels.block_rows, W = head_.problem.width;
+  const int64_t block_rows = head_.block_rows(), W = head_.problem.width;
   const float* pixels = packed_row(rank);
   const float* start = head_.column_part(g);
   float* out = ring_row(g, rank);
   const int64_t end = round_up(columns_.columns(wanted.end - 1).end, block_rows);
   int64_t column = columns_.columns(wanted.begin).begin / block_rows * block_rows;
   for (int64_t X = wanted.begin; X < wanted.end;) {
-    const int64_t next = std::min(column + kColumnBlock, end);
+    const int64_t next = std::min(column + head_.column_block(), end);
     head_.multiply(g, PackedHead::Channels::all, pixels + column * head_.layout.floats(), head_.layout.floats(),
                    (next - column) / block_rows, products_ + column * kColumn);
     const int64_t first = X;

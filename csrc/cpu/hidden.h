@@ -35,8 +35,6 @@ class HiddenRows {
   const float* packed_row(int64_t rank) const { return packed_ + slot_of_packed(rank) * packed_row_floats_; }
 
  private:
-  static constexpr int64_t kColumnBlock = 32;  // low-resolution columns whose products are blended while they are in L1
-
   int64_t slot_of_packed(int64_t rank) const { return rank % packed_rows_; }
   float* ring_row(int64_t g, int64_t rank);
   const float* ring_row(int64_t g, int64_t rank) const { return const_cast<HiddenRows*>(this)->ring_row(g, rank); }

@@ -12,7 +12,7 @@ namespace moe::cpu {
 namespace {
 
 template <int Rows, int Vecs, int NarrowVecs>
-Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
+Kernels make_kernels(const char* isa) {
   Kernels kernels = {};
   kernels.isa = isa;
   kernels.block_rows = Rows;
@@ -21,7 +21,6 @@ Kernels make_kernels(const char* isa, void (*gemm_bf16)(const Gemm&)) {
   kernels.gemm = gemm<Rows, Vecs>;
   kernels.gemm_narrow = gemm<Rows, NarrowVecs>;
   kernels.gemm_in_parts = gemm_in_parts<Rows, NarrowVecs>;
-  kernels.gemm_bf16 = gemm_bf16;
   kernels.blend_columns = blend_columns;
   kernels.blend_rows = blend_rows<true>;
   kernels.blend_rows_linear = blend_rows<false>;

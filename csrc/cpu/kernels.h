@@ -112,6 +112,13 @@ static inline int64_t sharpen_scratch_floats(const Sharpening& p) {
   return (5 * p.window + 5) * sharpen_row_floats(p) + 2 * p.window * p.window * kGroup;
 }
 
+// Products of bfloat16 pairs; `gemm` is null where the instruction set or the processor has none.
+struct Bf16Products {
+  void (*gemm)(const Gemm&);
+  int block_rows;  // rows of c in one Gemm block
+  int columns;     // low-resolution columns whose products are made together
+};
+
 struct Kernels {
   const char* isa;
   int block_rows;    // rows of c in one Gemm block
@@ -122,7 +129,7 @@ struct Kernels {
   void (*gemm_narrow)(const Gemm&);
   // The same panels in parts of the depth, whose sums are summed: with 256 channels a third of the rounding error.
   void (*gemm_in_parts)(const Gemm&);
-  void (*gemm_bf16)(const Gemm&);  // null where the instruction set has no bfloat16 products
+  Bf16Products bf16;
 
   // out[dy][X] = start[dy][X] + sum over the blend of products, for X in [begin, end) and the three rows of taps.
   void (*blend_columns)(const float* products, const ColumnBlend* blends, int64_t begin, int64_t end,
@@ -188,6 +195,7 @@ const Kernels& portable_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();  // avx512_kernels() but for bfloat16 products
 #endif
 
 }  // namespace moe::cpu

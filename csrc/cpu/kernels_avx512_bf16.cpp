@@ -2,12 +2,12 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "bf16.h"
 
 namespace moe::cpu {
 namespace {
 
-constexpr int kRows = 8, kVecs = 3, kLanes = 16;
+constexpr int kRows = 8, kLanes = 16, kVecs = kBf16Panel / kLanes;
 
 inline __m512bh as_bf16(__m512i bits) {
   __m512bh pairs;
@@ -36,13 +36,18 @@ inline void tile(const Gemm& g, const float* a, const float* b, float* c) {
     }
 }
 
-}  // namespace
-
-void gemm_avx512_bf16(const Gemm& g) {
+void gemm(const Gemm& g) {
   for (int64_t panel = 0; panel < g.panels; ++panel)
     for (int64_t block = 0; block < g.row_blocks; ++block)
       tile(g, g.a + block * kRows * g.a_row, g.b + panel * g.b_panel,
            g.c + block * kRows * g.c_row + panel * kVecs * kLanes);
+}
+
+}  // namespace
+
+Bf16Products avx512_bf16() {
+  if (!__builtin_cpu_supports("avx512bf16")) return {};
+  return {gemm, kRows, 32};
 }
 
 }  // namespace moe::cpu

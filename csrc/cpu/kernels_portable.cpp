@@ -6,7 +6,7 @@ namespace moe::cpu {
 
 const Kernels& portable_kernels() {
   static constexpr int kRows = 4, kVecs = 3, kNarrowVecs = 2;
-  static const Kernels kernels = make_kernels<kRows, kVecs, kNarrowVecs>("portable", nullptr);
+  static const Kernels kernels = make_kernels<kRows, kVecs, kNarrowVecs>("portable");
   return kernels;
 }
 

@@ -46,7 +46,10 @@ Bfloat16 to_bf16(float value) {
 void put(float* at, float value) { *at = value; }
 void put(Bfloat16* at, float value) { *at = to_bf16(value); }
 
-void copy(const float* in, int64_t count, float* out) { std::memcpy(out, in, count * sizeof(float)); }
+template <typename Number>
+void copy(const Number* in, int64_t count, Number* out) {
+  std::memcpy(out, in, count * sizeof(Number));
+}
 template <typename In, typename Out>
 void copy(const In* in, int64_t count, Out* out) {
   for (int64_t i = 0; i < count; ++i) put(out + i, widen(in[i]));
@@ -64,14 +67,12 @@ Four lanes(Four a, Four b) {
 #endif
 }
 
-// Four channels of four neighbouring pixels.
-void transpose(const float* in, int64_t channel_stride, float* out, int64_t out_pixel) {
-  const auto channel = [&](int c) {  // neither side need be aligned
-    Four pixels;
-    std::memcpy(&pixels, in + c * channel_stride, sizeof pixels);
-    return pixels;
+// Four neighbouring pixels of four channels (of four pairs of them, one in a float), which channel(c) gives.
+template <typename Channel>
+void transpose(Channel channel, float* out, int64_t out_pixel) {
+  const auto set_pixel = [&](int i, Four channels) {  // need not be aligned
+    std::memcpy(out + i * out_pixel, &channels, sizeof channels);
   };
-  const auto set_pixel = [&](int i, Four channels) { std::memcpy(out + i * out_pixel, &channels, sizeof channels); };
   const Four front01 = lanes<0, 4, 1, 5>(channel(0), channel(1)), back01 = lanes<2, 6, 3, 7>(channel(0), channel(1));
   const Four front23 = lanes<0, 4, 1, 5>(channel(2), channel(3)), back23 = lanes<2, 6, 3, 7>(channel(2), channel(3));
   set_pixel(0, lanes<0, 1, 4, 5>(front01, front23));
@@ -80,12 +81,44 @@ void transpose(const float* in, int64_t channel_stride, float* out, int64_t out_
   set_pixel(3, lanes<2, 3, 6, 7>(back01, back23));
 }
 
+// Four neighbouring pixels of a channel.
+Four four_at(const float* at) {
+  Four pixels;
+  std::memcpy(&pixels, at, sizeof pixels);
+  return pixels;
+}
+
+// Of two channels, in bfloat16: a[0], b[0], a[1], b[1], ...
+typedef uint32_t FourBits __attribute__((vector_size(16)));
+Four pairs_at(const Bfloat16* a, const Bfloat16* b) {
+  typedef uint16_t Eight __attribute__((vector_size(16)));
+  const auto load = [](const Bfloat16* at) {
+    uint64_t bits;  // a copy into half of a vector would go by way of memory
+    std::memcpy(&bits, at, sizeof bits);
+    typedef uint64_t Two __attribute__((vector_size(16)));
+    return reinterpret_cast<Eight>(Two{bits, 0});
+  };
+#ifdef __clang__
+  return reinterpret_cast<Four>(__builtin_shufflevector(load(a), load(b), 0, 8, 1, 9, 2, 10, 3, 11));
+#else
+  return reinterpret_cast<Four>(__builtin_shuffle(load(a), load(b), Eight{0, 8, 1, 9, 2, 10, 3, 11}));
+#endif
+}
+Four pairs_at(const float* a, const float* b) {
+  const auto rounded = [](const float* at) {  // as to_bf16, its bits on top
+    const auto bits = reinterpret_cast<FourBits>(four_at(at));
+    const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return is_nan ? bits | 0x400000u : bits + 0x7fffu + (bits >> 16 & 1u);
+  };
+  return reinterpret_cast<Four>(rounded(a) >> 16 | (rounded(b) & 0xffff0000u));
+}
+
 // Strides of a map, in its elements.
 struct Strides {
   int64_t channel, row, pixel;
 };
 
-// out[i][c] = in(channel c, pixel i), as much of it as is done here by fours: so many pixels, of so many channels.
+// out[i][c] = in(channel c, pixel i), as much of it as is done here by fours: for so many pixels, of so many channels.
 template <typename In, typename Out>
 std::pair<int64_t, int64_t> by_fours(const In*, const Strides&, int64_t, int64_t, Out*, int64_t) {
   return {0, 0};
@@ -95,14 +128,36 @@ std::pair<int64_t, int64_t> by_fours(const float* in, const Strides& strides, in
   if (strides.pixel != 1) return {0, 0};
   for (int64_t c = 0; c + 4 <= channels; c += 4)
     for (int64_t i = 0; i + 4 <= pixels; i += 4)
-      transpose(in + c * strides.channel + i, strides.channel, out + i * out_pixel + c, out_pixel);
+      transpose([&](int n) { return four_at(in + (c + n) * strides.channel + i); }, out + i * out_pixel + c, out_pixel);
   return {pixels / 4 * 4, channels / 4 * 4};
+}
+template <typename In>
+std::pair<int64_t, int64_t> pairs_by_fours(const In* in, const Strides& strides, int64_t channels, int64_t pixels,
+                                           Bfloat16* out, int64_t out_pixel) {
+  if (strides.pixel != 1) return {0, 0};
+  for (int64_t c = 0; c + 8 <= channels; c += 8)
+    for (int64_t i = 0; i + 4 <= pixels; i += 4) {
+      const auto pair = [&](int n) {
+        const In* first = in + (c + 2 * n) * strides.channel + i;
+        return pairs_at(first, first + strides.channel);
+      };
+      transpose(pair, reinterpret_cast<float*>(out + i * out_pixel + c), out_pixel / 2);
+    }
+  return {pixels / 4 * 4, channels / 8 * 8};
+}
+std::pair<int64_t, int64_t> by_fours(const float* in, const Strides& strides, int64_t channels, int64_t pixels,
+                                     Bfloat16* out, int64_t out_pixel) {
+  return pairs_by_fours(in, strides, channels, pixels, out, out_pixel);
+}
+std::pair<int64_t, int64_t> by_fours(const Bfloat16* in, const Strides& strides, int64_t channels, int64_t pixels,
+                                     Bfloat16* out, int64_t out_pixel) {
+  return pairs_by_fours(in, strides, channels, pixels, out, out_pixel);
 }
 
 // Some channels of `pixels` pixels of a row, to neighbouring places.
 template <typename In, typename Out>
 void pack_channels(const In* in, const Strides& strides, int64_t channels, int64_t pixels, Out* out, int64_t out_pixel) {
-  for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(in + c * strides.channel + strides.row);  // packed next
+  for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(in + c * strides.channel + strides.row, 0, 2);  // packed next
   const auto [pixels_done, channels_done] = by_fours(in, strides, channels, pixels, out, out_pixel);
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t i = c < channels_done ? pixels_done : 0; i < pixels; ++i)
@@ -222,10 +277,10 @@ void PackedHead::use(const float* packed) {
   if (!p.pos_x) return;
 
   column_part_ = Buffer(groups() * 3 * p.width * kGroup);
-  const Buffer packed_pos = pack_positions(p.pos_x, {0, p.width}, layout, kernels.block_rows);
+  const Buffer packed_pos = pack_positions(p.pos_x, {0, p.width}, layout, block_rows());
   std::vector<Buffer> products;
   for (int64_t slot = 0; slot < std::min<int64_t>(p.threads, groups()); ++slot)
-    products.emplace_back(round_up(p.width, kernels.block_rows) * kColumn);
+    products.emplace_back(round_up(p.width, block_rows()) * kColumn);
   parallel_for(groups(), p.threads,
                [&](int64_t g, int slot) { make_column_part(g, packed_pos.data(), products[slot].data()); });
 }
@@ -273,14 +328,14 @@ void PackedHead::multiply(int64_t g, Channels which, const float* pixels, int64_
   gemm.row_blocks = blocks;
   gemm.panels = kColumn / kernels.panel;
   gemm.depth = depth;
-  (layout.bf16() ? kernels.gemm_bf16 : kernels.gemm)(gemm);
+  (layout.bf16() ? kernels.bf16.gemm : kernels.gemm)(gemm);
 }
 
 // At X: the sum over horizontal taps inside the image. The vertical sum happens by itself, because the blend of rows
 // has weights that sum to one where a tap's row is inside the image, and to zero where it is padding.
 void PackedHead::make_column_part(int64_t g, const float* packed_pos, float* products) {
   const int64_t W = problem.width;
-  multiply(g, Channels::first_half, packed_pos, layout.half_floats(), divide_up(W, kernels.block_rows), products);
+  multiply(g, Channels::first_half, packed_pos, layout.half_floats(), divide_up(W, block_rows()), products);
   float* out = column_part_ + g * 3 * W * kGroup;
   for (int dy = 0; dy < 3; ++dy)
     for (int64_t X = 0; X < W; ++X)

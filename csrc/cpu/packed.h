@@ -75,6 +75,10 @@ class PackedHead : public Branches {
   PackedHead(const Problem& problem, const Kernels& kernels, bool bf16);
 
   const ChannelLayout layout;
+  int64_t block_rows() const { return layout.bf16() ? kernels.bf16.block_rows : kernels.block_rows; }  // of products
+  // Low-resolution columns whose products are made together, and blended while they are in L1 or, if the products are
+  // fast, L2: a multiple of block_rows().
+  int64_t column_block() const { return layout.bf16() ? kernels.bf16.columns : kColumnBlock; }
 
   // The first layers' weights in the products' order.
   int64_t packed_floats() const { return groups() * group_floats(); }
@@ -91,6 +95,8 @@ class PackedHead : public Branches {
                 float* products) const;
 
  private:
+  static constexpr int64_t kColumnBlock = 32;
+
   int64_t group_floats() const { return kColumn * layout.floats(); }
   void pack_group(int64_t g, float* out) const;
   void make_column_part(int64_t g, const float* packed_pos, float* products);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../decoder.h"
+#include "bf16.h"
 
 namespace moe::cpu {
 namespace {
@@ -23,7 +24,7 @@ bool has_avx512() {
 
 constexpr int kChoices =
 #if defined(__x86_64__)
-    3;
+    kMostIsas;
 #else
     1;
 #endif
@@ -31,6 +32,7 @@ constexpr int kChoices =
 const Choice* choices() {
   static const Choice all[kChoices] = {
 #if defined(__x86_64__)
+      {"amx", has_avx512() && amx().gemm, amx_kernels},
       {"avx512", has_avx512(), avx512_kernels},
       {"avx2", has_avx2(), avx2_kernels},
 #endif
@@ -56,19 +58,16 @@ int64_t weights_panel(const char* isa) {
   return selected.kernels ? selected.kernels->narrow_panel : 0;
 }
 
-int supported_isas(const char* names[3]) {
+int supported_isas(const char* names[kMostIsas]) {
   int count = 0;
   for (const Choice* c = choices(); c != choices() + kChoices; ++c)
     if (c->supported) names[count++] = c->name;
   return count;
 }
 
-bool has_bf16_products() {
-#if defined(__x86_64__)
-  return has_avx512() && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
+bool has_bf16_products(const char* isa) {
+  const Selected selected = select_kernels(isa);
+  return selected.kernels && selected.kernels->bf16.gemm;
 }
 
 }  // namespace moe::cpu

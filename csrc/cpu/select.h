@@ -28,8 +28,10 @@ Status with_kernels(const char* isa, Function function) {
 }
 
 // The instruction sets that this build has and this processor can run, best first.
-int supported_isas(const char* names[3]);
+constexpr int kMostIsas = 4;
+int supported_isas(const char* names[kMostIsas]);
 
-bool has_bf16_products();
+// With an instruction set, on this processor.
+bool has_bf16_products(const char* isa);
 
 }  // namespace moe::cpu

@@ -20,7 +20,7 @@ from moe3d.ops.backend import Backend
 from moe3d.ops.mixture import MODES
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
-ISA_VARIABLE = "MOE3D_CPU_ISA"  # avx512, avx2 or portable; "auto" or unset takes the best that the processor has
+ISA_VARIABLE = "MOE3D_CPU_ISA"  # amx, avx512, avx2 or portable; "auto" or unset takes the best that the processor has
 # low-resolution or winograd (which gives way where it cannot run); "auto" or unset takes what needs fewer operations
 FORMULATION_VARIABLE = "MOE3D_CPU_FORMULATION"
 FORMULATIONS = ("auto", "low-resolution", "winograd")
@@ -55,7 +55,7 @@ class CPUBackend(Backend):
         if options.precision == "tf32":
             return "precision 'tf32' is arithmetic of CUDA devices"
         if options.precision == "bf16" and not has_bf16_products():
-            return "precision 'bf16' needs a processor with avx512_bf16 (and MOE3D_CPU_ISA left at auto or avx512)"
+            return "precision 'bf16' needs a processor with avx512_bf16 (and MOE3D_CPU_ISA left at auto)"
         return None
 
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:
@@ -81,7 +81,7 @@ class CPUBackend(Backend):
 def has_bf16_products() -> bool:
     """Whether bfloat16 arithmetic can be had: by the processor, and by the instruction set asked for."""
     module = _build.native().module
-    return module is not None and module.has_bf16_products() and isa() in ("auto", "avx512")
+    return module is not None and module.has_bf16_products(isa())
 
 
 def isa() -> str:

@@ -127,6 +127,11 @@ def test_no_bfloat16_race_on_a_processor_without_it(monkeypatch):
     assert "avx512_bf16" in outcomes["cpu"].skipped and outcomes["reference"].times
 
 
+def test_no_bfloat16_race_with_an_instruction_set_that_lacks_it():
+    outcomes = RACES["tail"].run(replace(SMALL, precision="bf16"), SHORT, [AVX2, "reference"])
+    assert outcomes[AVX2].skipped and outcomes["reference"].times
+
+
 def test_more_frames_than_vggt_takes_at_once():
     outcomes = RACES["tail"].run(Case(9, 14, 14, experts=1), SHORT, [STOCK, "reference"])
     assert all(o.times for o in outcomes.values())

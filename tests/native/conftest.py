@@ -3,18 +3,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe3d import _build
 from moe3d.ops import native
+from support.isas import bf16_isas, isas
 
 
-def _isas() -> list[str]:
-    module = _build.native().module
-    return module.supported_isas() if module else []
+def _skipped(reason: str):
+    return [pytest.param("none", marks=pytest.mark.skip(reason=reason))]
 
 
-@pytest.fixture(params=_isas() or [pytest.param("none", marks=pytest.mark.skip(reason="no C++ part"))])
+@pytest.fixture(params=isas() or _skipped("no C++ part"))
 def isa(request, monkeypatch):
     """Every instruction set that this build has and this processor runs."""
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture(params=bf16_isas() or _skipped("this processor has no avx512_bf16"))
+def bf16_isa(request, monkeypatch):
+    """Every one that multiplies in bfloat16."""
     monkeypatch.setenv(native.ISA_VARIABLE, request.param)
     return request.param
 

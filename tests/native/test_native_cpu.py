@@ -209,10 +209,49 @@ def test_experts_that_are_returned_are_not_left_out():
     assert all(torch.equal(a, b) for a, b in zip(skipping, full, strict=True))
 
 
-@pytest.mark.skipif(not native.has_bf16_products(), reason="this processor has no avx512_bf16")
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
-def test_bf16_arithmetic_is_as_accurate_as_pytorchs(poisoned, shape):
+@pytest.mark.parametrize("shape", [*SHAPES[:4], {"channels": 64, "source": (5, 37), "size": (9, 130)}], ids=str)
+def test_bf16_arithmetic_is_as_accurate_as_pytorchs(bf16_isa, poisoned, shape):
     assert_as_accurate_as_pytorch(CPU, precision="bf16", **shape)
+
+
+# Halves of 16, 24, 30, 34 and 64 pairs: AMX's tiles of 16, 12, 15, none, and 16 twice and more.
+@pytest.mark.parametrize("channels", [32, 48, 60, 68, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bf16_products_are_summed_in_float32(bf16_isa, poisoned, channels, dtype, channels_last):
+    """With operands that bfloat16 holds only sums are rounded: float32's error remains, not bfloat16's 2e-3."""
+    problem = random_problem(channels=channels, hidden=20, gate_hidden=40, source=(7, 53), size=(12, 150), experts=3)
+    x, *first_layers = (problem.tensors[name].bfloat16().float() for name in ("x", "expert_w1", "gate_w1"))
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    problem = problem.with_tensors(x=x, expert_w1=first_layers[0], gate_w1=first_layers[1])
+    exact = truth.evaluate(problem)
+    ours = problem.with_tensors(x=x.to(dtype)).run(backend="cpu", precision="bf16")
+    assert relative(ours.prediction, exact.prediction) < 2e-6
+    assert relative(ours.entropy, exact.entropy) < 1e-5
+
+
+@pytest.mark.parametrize("values", [math.nan, math.inf])
+def test_what_is_not_a_number_is_none_in_bf16(bf16_isa, values):
+    """Features by contiguous rows and by channels; what does not read the pixel is as it was."""
+    problem = random_problem(channels=64, source=(9, 21), size=(16, 37), experts=2, activation="linear")
+    clean = problem.run(backend="cpu", precision="bf16").prediction
+    spoilt = problem.tensors["x"].clone()
+    spoilt[0, 5, 4, 10] = values
+    for x in (spoilt, spoilt.contiguous(memory_format=torch.channels_last)):
+        found = problem.with_tensors(x=x).run(backend="cpu", precision="bf16").prediction
+        changed = found.isnan() | found.isinf()
+        assert changed[0].any() and torch.equal(found[~changed], clean[~changed])
+        assert changed[0].any(dim=0).sum() < 8 * 8
+
+
+def test_bf16_results_do_not_depend_on_the_number_of_threads(bf16_isa, threads):
+    problem = random_problem(batch=2, channels=64, source=(20, 23), size=(35, 130), pos=True, skip_below=1e-3)
+    found = {}
+    for count in (1, 2, 3, 7):
+        threads(count)
+        found[count] = problem.run(backend="cpu", precision="bf16")
+    for results in found.values():
+        assert torch.equal(results.prediction, found[1].prediction) and torch.equal(results.entropy, found[1].entropy)
 
 
 @pytest.mark.skipif(not native.has_bf16_products(), reason="this processor has no avx512_bf16")
