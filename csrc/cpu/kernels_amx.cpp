@@ -1,15 +1,15 @@
 // The matrix product in bfloat16 pairs by AMX's tile registers: one instruction multiplies 16 rows by 16 columns, 16 pairs
 // deep. Weights and pixels lie as for kernels_avx512_bf16.cpp, which also takes what does not fill half a tile's depth.
+#include "bf16.h"
+
+#ifdef __AMX_BF16__  // the compiler was asked for it: see CMakeLists.txt
+
 #include <cpuid.h>
 #include <immintrin.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "bf16.h"
-
 namespace moe::cpu {
-
 namespace {
 
 constexpr int kSide = 16;  // rows and columns of a tile of sums, and the most pairs of a tile's depth
@@ -122,3 +122,11 @@ Bf16Products amx() {
 }
 
 }  // namespace moe::cpu
+
+#else
+
+namespace moe::cpu {
+Bf16Products amx() { return {}; }
+}  // namespace moe::cpu
+
+#endif
