@@ -260,6 +260,16 @@ def test_float32_inputs_use_bf16_arithmetic_on_request_only():
     assert torch.equal(auto, ieee) and not torch.equal(auto, bf16)
 
 
+def test_bfloat16_features_get_the_faster_arithmetic(monkeypatch):
+    for name in _build.native().module.supported_isas():
+        monkeypatch.setenv(native.ISA_VARIABLE, name)
+        problem = random_problem(dtype=torch.bfloat16, channels=32)
+        named = {p: problem.run(backend="cpu", precision=p).prediction for p in ("auto", "ieee")}
+        assert torch.equal(named["auto"], named["ieee"]) == (name != "amx")
+        if name == "amx":
+            assert torch.equal(named["auto"], problem.run(backend="cpu", precision="bf16").prediction)
+
+
 def test_bf16_arithmetic_without_the_instructions_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, "portable")
     with pytest.raises(RuntimeError, match="avx512_bf16"):
