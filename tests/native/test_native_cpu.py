@@ -230,6 +230,27 @@ def test_bf16_products_are_summed_in_float32(bf16_isa, poisoned, channels, dtype
     assert relative(ours.entropy, exact.entropy) < 1e-5
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    channels=st.integers(1, 70).map(lambda half: 2 * half),
+    source=st.tuples(sizes, st.integers(1, 60)),
+    size=st.tuples(sizes, st.integers(1, 130)),
+    experts=st.integers(1, 4),
+    pos=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_drawn_shapes_in_bf16(bf16_isa, channels, source, size, experts, pos, seed):
+    """Operands that bfloat16 holds but for the embedding, whose rounding is the larger error where there is one."""
+    problem = random_problem(
+        channels=channels, source=source, size=size, experts=experts, pos=pos, seed=seed, activation="linear"
+    )
+    names = [name for name in ("x", "expert_w1", "gate_w1") if name in problem.tensors]
+    problem = problem.with_tensors(**{name: problem.tensors[name].bfloat16().float() for name in names})
+    ours, exact = problem.run(backend="cpu", precision="bf16"), truth.evaluate(problem)
+    assert ours.prediction.isfinite().all()
+    assert relative(ours.prediction, exact.prediction) < (1e-2 if pos else 1e-5)
+
+
 @pytest.mark.parametrize("values", [math.nan, math.inf])
 def test_what_is_not_a_number_is_none_in_bf16(bf16_isa, values):
     """Features by contiguous rows and by channels; what does not read the pixel is as it was."""
