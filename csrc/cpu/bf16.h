@@ -10,6 +10,6 @@ constexpr int kBf16Panel = 48;  // columns
 // Two multiplications a lane: vdpbf16ps. None where the processor lacks it.
 Bf16Products avx512_bf16();
 // Tile registers: see kernels_amx.cpp. None where the processor lacks them, or the system keeps them from this process.
-Bf16Products amx();
+Bf16Products amx_bf16();
 
 }  // namespace moe::cpu

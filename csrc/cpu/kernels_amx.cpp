@@ -115,7 +115,7 @@ void gemm(const Gemm& g) {
 
 }  // namespace
 
-Bf16Products amx() {
+Bf16Products amx_bf16() {
   static const bool may = may_use_tiles() && avx512_bf16().gemm;
   if (!may) return {};
   return {gemm, kSide, 96};  // a third of the weights' traffic of 32 columns
@@ -126,7 +126,7 @@ Bf16Products amx() {
 #else
 
 namespace moe::cpu {
-Bf16Products amx() { return {}; }
+Bf16Products amx_bf16() { return {}; }
 }  // namespace moe::cpu
 
 #endif

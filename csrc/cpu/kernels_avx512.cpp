@@ -22,7 +22,7 @@ const Kernels& avx512_kernels() {
 }
 
 const Kernels& amx_kernels() {
-  static const Kernels kernels = kernels_with("amx", amx());
+  static const Kernels kernels = kernels_with("amx", amx_bf16());
   return kernels;
 }
 

@@ -1,6 +1,7 @@
 #include "packed.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "parallel.h"
@@ -67,7 +68,7 @@ Four lanes(Four a, Four b) {
 #endif
 }
 
-// Four neighbouring pixels of four channels (of four pairs of them, one in a float), which channel(c) gives.
+// Four floats of four neighbouring pixels: a channel's, or a pair's of bfloat16 ones, are channel(n), n from 0 to 3.
 template <typename Channel>
 void transpose(Channel channel, float* out, int64_t out_pixel) {
   const auto set_pixel = [&](int i, Four channels) {  // need not be aligned
@@ -120,38 +121,25 @@ struct Strides {
 
 // out[i][c] = in(channel c, pixel i), as much of it as is done here by fours: for so many pixels, of so many channels.
 template <typename In, typename Out>
-std::pair<int64_t, int64_t> by_fours(const In*, const Strides&, int64_t, int64_t, Out*, int64_t) {
-  return {0, 0};
-}
-std::pair<int64_t, int64_t> by_fours(const float* in, const Strides& strides, int64_t channels, int64_t pixels, float* out,
+std::pair<int64_t, int64_t> by_fours(const In* in, const Strides& strides, int64_t channels, int64_t pixels, Out* out,
                                      int64_t out_pixel) {
-  if (strides.pixel != 1) return {0, 0};
-  for (int64_t c = 0; c + 4 <= channels; c += 4)
-    for (int64_t i = 0; i + 4 <= pixels; i += 4)
-      transpose([&](int n) { return four_at(in + (c + n) * strides.channel + i); }, out + i * out_pixel + c, out_pixel);
-  return {pixels / 4 * 4, channels / 4 * 4};
-}
-template <typename In>
-std::pair<int64_t, int64_t> pairs_by_fours(const In* in, const Strides& strides, int64_t channels, int64_t pixels,
-                                           Bfloat16* out, int64_t out_pixel) {
-  if (strides.pixel != 1) return {0, 0};
-  for (int64_t c = 0; c + 8 <= channels; c += 8)
-    for (int64_t i = 0; i + 4 <= pixels; i += 4) {
-      const auto pair = [&](int n) {
-        const In* first = in + (c + 2 * n) * strides.channel + i;
-        return pairs_at(first, first + strides.channel);
-      };
-      transpose(pair, reinterpret_cast<float*>(out + i * out_pixel + c), out_pixel / 2);
-    }
-  return {pixels / 4 * 4, channels / 8 * 8};
-}
-std::pair<int64_t, int64_t> by_fours(const float* in, const Strides& strides, int64_t channels, int64_t pixels,
-                                     Bfloat16* out, int64_t out_pixel) {
-  return pairs_by_fours(in, strides, channels, pixels, out, out_pixel);
-}
-std::pair<int64_t, int64_t> by_fours(const Bfloat16* in, const Strides& strides, int64_t channels, int64_t pixels,
-                                     Bfloat16* out, int64_t out_pixel) {
-  return pairs_by_fours(in, strides, channels, pixels, out, out_pixel);
+  if constexpr (std::is_same_v<In, float> || std::is_same_v<In, Out>) {
+    constexpr int64_t kInFloat = sizeof(float) / sizeof(Out), kStep = 4 * kInFloat;  // channels
+    if (strides.pixel != 1) return {0, 0};
+    for (int64_t c = 0; c + kStep <= channels; c += kStep)
+      for (int64_t i = 0; i + 4 <= pixels; i += 4) {
+        const auto floats = [&](int n) {
+          const In* first = in + (c + n * kInFloat) * strides.channel + i;
+          if constexpr (kInFloat == 1)
+            return four_at(first);
+          else
+            return pairs_at(first, first + strides.channel);
+        };
+        transpose(floats, reinterpret_cast<float*>(out + i * out_pixel + c), out_pixel / kInFloat);
+      }
+    return {pixels / 4 * 4, channels / kStep * kStep};
+  }
+  return {0, 0};
 }
 
 // Some channels of `pixels` pixels of a row, to neighbouring places.

@@ -32,7 +32,7 @@ constexpr int kChoices =
 const Choice* choices() {
   static const Choice all[kChoices] = {
 #if defined(__x86_64__)
-      {"amx", has_avx512() && amx().gemm, amx_kernels},
+      {"amx", has_avx512() && amx_bf16().gemm, amx_kernels},
       {"avx512", has_avx512(), avx512_kernels},
       {"avx2", has_avx2(), avx2_kernels},
 #endif

@@ -221,13 +221,13 @@ class Peer:
             return
         with _instruction_set(self.isa):
             require_backend(self.backend)
-            multiplies = case.precision != "bf16" or has_bf16_products()
+            has_arithmetic = case.precision != "bf16" or has_bf16_products()
         if self.backend != "cpu":
             return
         if torch.device(case.device).type != "cpu":
             raise Unavailable("the cpu backend works on the CPU")
-        if not multiplies:
-            raise Unavailable("bfloat16 arithmetic needs avx512_bf16 or amx_bf16")
+        if not has_arithmetic:
+            raise Unavailable("bfloat16 arithmetic needs a processor and an instruction set with avx512_bf16")
 
 
 def _contiguous(write: Callable, cached: bool) -> Callable[[Case, Weights], Tail]:

@@ -55,7 +55,7 @@ class CPUBackend(Backend):
         if options.precision == "tf32":
             return "precision 'tf32' is arithmetic of CUDA devices"
         if options.precision == "bf16" and not has_bf16_products():
-            return "precision 'bf16' needs a processor with avx512_bf16 (and MOE3D_CPU_ISA left at auto)"
+            return "precision 'bf16' needs a processor with avx512_bf16 (and MOE3D_CPU_ISA at auto, amx or avx512)"
         return None
 
     def forward(self, tensors: HeadTensors, options: HeadOptions) -> MoEOutput:

@@ -214,7 +214,7 @@ def test_bf16_arithmetic_is_as_accurate_as_pytorchs(bf16_isa, poisoned, shape):
     assert_as_accurate_as_pytorch(CPU, precision="bf16", **shape)
 
 
-# Halves of 16, 24, 30, 34 and 64 pairs: AMX's tiles of 16, 12, 15, none, and 16 twice and more.
+# 16, 24, 30, 34 and 64 pairs: AMX's tiles are 16, 12, 15 and 16 deep; 34 has no divisor from 8 to 16.
 @pytest.mark.parametrize("channels", [32, 48, 60, 68, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -251,13 +251,13 @@ def test_drawn_shapes_in_bf16(bf16_isa, channels, source, size, experts, pos, se
     assert off.max() < (1e-2 if pos else 2e-5)
 
 
-@pytest.mark.parametrize("values", [math.nan, math.inf])
-def test_what_is_not_a_number_is_none_in_bf16(bf16_isa, values):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_footprint_in_bf16(bf16_isa, value):
     """Features by contiguous rows and by channels; what does not read the pixel is as it was."""
     problem = random_problem(channels=64, source=(9, 21), size=(16, 37), experts=2, activation="linear")
     clean = problem.run(backend="cpu", precision="bf16").prediction
     spoilt = problem.tensors["x"].clone()
-    spoilt[0, 5, 4, 10] = values
+    spoilt[0, 5, 4, 10] = value
     for x in (spoilt, spoilt.contiguous(memory_format=torch.channels_last)):
         found = problem.with_tensors(x=x).run(backend="cpu", precision="bf16").prediction
         changed = found.isnan() | found.isinf()
@@ -275,8 +275,7 @@ def test_bf16_results_do_not_depend_on_the_number_of_threads(bf16_isa, threads):
         assert torch.equal(results.prediction, found[1].prediction) and torch.equal(results.entropy, found[1].entropy)
 
 
-@pytest.mark.skipif(not native.has_bf16_products(), reason="this processor has no avx512_bf16")
-def test_float32_inputs_use_bf16_arithmetic_on_request_only():
+def test_float32_inputs_use_bf16_arithmetic_on_request_only(bf16_isa):
     auto, bf16, ieee = (random_problem().run(backend="cpu", precision=p).prediction for p in ("auto", "bf16", "ieee"))
     assert torch.equal(auto, ieee) and not torch.equal(auto, bf16)
 
