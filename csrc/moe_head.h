@@ -23,8 +23,9 @@ enum class Element : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 enum class Activation : int32_t { exp = 0, relu, sigmoid, linear, inv_log, xy_inv_log, norm, norm_exp };
 enum class ConfActivation : int32_t { none = -1, expp1 = 0, expp0, sigmoid };
 // How the forward pass makes hidden activations: see cpu/hidden.h, cpu/tiles.h, cuda/low_resolution.h and
-// cuda/convolution.h. Automatic: by counting operations.
-enum class Formulation : int32_t { automatic = 0, low_resolution, winograd /* CPU */, direct /* CUDA */ };
+// cuda/convolution.h. Automatic: by counting operations. bf16x3: at low resolution, each float32 number of a product as
+// the sum of two bfloat16 ones.
+enum class Formulation : int32_t { automatic = 0, low_resolution, winograd /* CPU */, direct /* CUDA */, bf16x3 /* CPU */ };
 enum class Mode : int32_t { mean = 0, argmax, switch_ };
 
 struct Problem {
@@ -79,9 +80,9 @@ namespace cpu {
 Status forward(const Problem& problem, const Outputs& outputs);
 Status backward(const Problem& problem, const Cotangents& cotangents, const Gradients& gradients);
 
-// What forward() takes: not automatic. Looks at sizes, `bf16` and `formulation` alone.
+// What forward() takes: not automatic. Looks at sizes, `bf16`, `formulation` and `isa` alone.
 Formulation formulation(const Problem& problem);
-// The first layers' weights as forward() reads them, which depend on that, too, and on `isa`.
+// The first layers' weights as forward() reads them, which depend on that, and on `isa`.
 Status packed_floats(const Problem& problem, int64_t& out);
 Status pack(const Problem& problem, float* out);  // aligned to 64 bytes
 }  // namespace cpu

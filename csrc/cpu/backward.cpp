@@ -426,7 +426,7 @@ void write_parameters(const PackedHead& head, std::vector<Sums>& slots, const Gr
 }
 
 void run(const Problem& p, const Kernels& kernels, const Cotangents& cotangents, const Gradients& gradients) {
-  PackedHead head(p, kernels, false);
+  PackedHead head(p, kernels, Numbers::float32);
   head.use(nullptr);
   const TransposedWeights transposed(head, gradients.x != nullptr);
   const RowPlan rows(p.in_height, p.height);

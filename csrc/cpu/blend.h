@@ -25,22 +25,29 @@ void blend_columns(const float* products, const ColumnBlend* blends, int64_t beg
   }
 }
 
-template <bool Relu>
-inline void blend_pixel(const RowBlend& blend, const float* base, int64_t X, float* hidden) {
-  for (int v = 0; v < kGroupVecs; ++v) {
-    Vec sum = load(base + v * kLanes);
-    for (int t = 0; t < kBlend; ++t) sum += blend.weight[t] * load(blend.row[t] + X * kGroup + v * kLanes);
-    store(hidden + v * kLanes, Relu ? relu(sum) : sum);
-  }
+template <bool Relu, bool Sums>
+void blend_pixels(const RowBlend& blend_in_memory, const float* base, int64_t begin, int64_t end, int64_t width,
+                  float* hidden, float* sum) {
+  const RowBlend blend = blend_in_memory;  // a copy that stores to hidden cannot change
+  Vec total[kGroupVecs] = {};
+  for (int64_t X = begin; X < end; ++X)
+    for (int v = 0; v < kGroupVecs; ++v) {
+      Vec value = load(base + edge_kind(X, width) * kGroup + v * kLanes);
+      for (int t = 0; t < kBlend; ++t) value += blend.weight[t] * load(blend.row[t] + X * kGroup + v * kLanes);
+      if (Sums) total[v] += value;
+      store(hidden + (X - begin) * kGroup + v * kLanes, Relu ? relu(value) : value);
+    }
+  if (Sums)
+    for (int v = 0; v < kGroupVecs; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + total[v]);
 }
 
 template <bool Relu>
-void blend_rows(const RowBlend& blend_in_memory, const float* base, int64_t begin, int64_t end, int64_t width,
-                float* hidden) {
-  const RowBlend blend = blend_in_memory;  // a copy that stores to hidden cannot change
-  for (int64_t X = begin; X < end; ++X) {
-    blend_pixel<Relu>(blend, base + edge_kind(X, width) * kGroup, X, hidden + (X - begin) * kGroup);
-  }
+void blend_rows(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width, float* hidden,
+                float* sum) {
+  if (sum)
+    blend_pixels<Relu, true>(blend, base, begin, end, width, hidden, sum);
+  else
+    blend_pixels<Relu, false>(blend, base, begin, end, width, hidden, sum);
 }
 
 void blend_corners(const float* const* corners, const float* weights, int64_t channels, float* out) {

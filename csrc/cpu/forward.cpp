@@ -1,6 +1,8 @@
 // The forward pass: by tiles (tiles.h), or at low resolution (hidden.h): there in bands of output rows, one thread each, in
-// chunks of a few rows: gate, experts, mixture.
+// chunks of a few rows: gate, experts, mixture. Where tiles or bf16x3 meet a number that is not finite, float32 products
+// at low resolution do the band again.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -12,7 +14,7 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int64_t kChunk = 16;  // output rows; with kTileWidth the fixed grid on which experts are skipped
+constexpr int64_t kChunk = 8;  // output rows; with kTileWidth the fixed grid on which experts are skipped
 
 // Splitting a frame costs about 2.6 low-resolution rows a band, which neighbours compute twice; not splitting it may
 // leave threads idle. Counted in low-resolution rows of the busiest thread.
@@ -52,11 +54,15 @@ class RowWorker {
         mixture_(head, outputs, kChunk * p_.width),
         hidden_(kTileWidth * kGroup),
         kept_(p_.experts * hidden_rows_.tiles(), 1),
-        wanted_(hidden_rows_.tiles(), 1) {}
+        wanted_(hidden_rows_.tiles(), 1),
+        sum_(kGroup) {}
 
-  void run(const Band& band) {
+  // Whether everything is finite; looked at in bf16x3 alone.
+  bool run(const Band& band) {
+    std::fill(sum_.data(), sum_ + kGroup, 0.f);
     for (int64_t Y = band.rows.begin; Y < band.rows.end; Y += kChunk)
       run_chunk(band.frame, {Y, std::min(Y + kChunk, band.rows.end)});
+    return std::all_of(sum_.data(), sum_ + kGroup, [](float value) { return std::isfinite(value); });
   }
 
  private:
@@ -77,6 +83,7 @@ class RowWorker {
   void run_branch(int64_t branch, const uint8_t* wanted) {
     const Span groups = head_.branch_groups(branch);
     const int64_t padded = head_.padded_outputs(branch);
+    float* sum = head_.layout.numbers() == Numbers::bf16x3 ? sum_.data() : nullptr;
     for (int64_t g = groups.begin; g < groups.end; ++g) {
       hidden_rows_.begin_group(g);
       const float* start = head_.group(g).first_of_branch ? head_.b2(branch) : nullptr;
@@ -85,7 +92,7 @@ class RowWorker {
         for (int64_t t = 0; t < hidden_rows_.tiles(); ++t) {
           if (wanted && !wanted[t]) continue;
           const Span columns = hidden_rows_.tile(t);
-          hidden_rows_.read(g, Y, t, hidden_.data());
+          hidden_rows_.read(g, Y, t, hidden_.data(), sum);
           head_.kernels.second_layer(hidden_.data(), columns.size(), head_.w2(g), padded, start,
                                      mixture_.z(branch, place(Y, columns.begin)), padded);
         }
@@ -118,11 +125,13 @@ class RowWorker {
   Mixture mixture_;
   Buffer hidden_;
   std::vector<uint8_t> kept_, wanted_;  // [tile][expert]; [tile]
+  Buffer sum_;  // [kGroup]: finite only if everything before the relu is
   int64_t frame_ = 0;
   Span rows_ = {0, 0};
 };
 
-void forward_by_rows(const PackedHead& head, const std::vector<Band>& bands, const Outputs& outputs) {
+// Returns the bands in which bf16x3 met something that is not finite.
+std::vector<Band> forward_by_rows(const PackedHead& head, const std::vector<Band>& bands, const Outputs& outputs) {
   const Problem& p = head.problem;
   const RowPlan rows(p.in_height, p.height);
   const ColumnPlan columns(p.in_width, p.width, round_up(p.in_width, head.block_rows()));
@@ -130,24 +139,41 @@ void forward_by_rows(const PackedHead& head, const std::vector<Band>& bands, con
   std::vector<std::unique_ptr<RowWorker>> workers;  // made here: an exception must not leave a thread of the team
   for (int64_t slot = 0; slot < std::min<int64_t>(p.threads, count); ++slot)
     workers.push_back(std::make_unique<RowWorker>(head, rows, columns, outputs));
-  parallel_for(count, p.threads, [&](int64_t i, int slot) { workers[slot]->run(bands[i]); });
+  std::vector<uint8_t> finite(count);
+  parallel_for(count, p.threads, [&](int64_t i, int slot) { finite[i] = workers[slot]->run(bands[i]); });
+  std::vector<Band> bad;
+  for (int64_t i = 0; i < count; ++i)
+    if (!finite[i]) bad.push_back(bands[i]);
+  return bad;
+}
+
+// Of the formulation at low resolution.
+Numbers numbers(const Problem& p, Formulation formulation) {
+  return formulation == Formulation::bf16x3 ? Numbers::bf16x3 : p.bf16 ? Numbers::bf16 : Numbers::float32;
+}
+
+// Calls function(the head as the formulation packs it).
+template <typename Function>
+auto with_head(const Problem& p, const Kernels& kernels, Function function) {
+  const Formulation formulation = chosen_formulation(p, &kernels);
+  if (formulation == Formulation::winograd) return function(TileHead(p, kernels));
+  return function(PackedHead(p, kernels, numbers(p, formulation)));
+}
+
+std::vector<Band> forward_by(const TileHead& head, const Outputs& outputs) { return forward_by_tiles(head, outputs); }
+std::vector<Band> forward_by(const PackedHead& head, const Outputs& outputs) {
+  return forward_by_rows(head, split_into_bands(head.problem, skips(head.problem)), outputs);
 }
 
 void run(const Problem& p, const Kernels& kernels, const Outputs& outputs) {
-  std::vector<Band> bands;
-  const float* packed = nullptr;
-  if (uses_tiles(p)) {
-    TileHead head(p, kernels);
+  const std::vector<Band> left = with_head(p, kernels, [&](auto head) {
     head.use(p.packed);
-    bands = forward_by_tiles(head, outputs);  // what is left to do
-    if (bands.empty()) return;
-  } else {
-    bands = split_into_bands(p, skips(p));
-    packed = p.packed;
-  }
-  PackedHead head(p, kernels, p.bf16);
-  head.use(packed);
-  forward_by_rows(head, bands, outputs);
+    return forward_by(head, outputs);
+  });
+  if (left.empty()) return;
+  PackedHead head(p, kernels, Numbers::float32);
+  head.use(nullptr);
+  forward_by_rows(head, left, outputs);
 }
 
 // Runs function(kernels) if they have the products that the problem asks for.
@@ -170,22 +196,18 @@ Status forward(const Problem& problem, const Outputs& outputs) {
 }
 
 Formulation formulation(const Problem& problem) {
-  return uses_tiles(problem) ? Formulation::winograd : Formulation::low_resolution;
+  return chosen_formulation(problem, select_kernels(problem.isa).kernels);
 }
 
 Status packed_floats(const Problem& problem, int64_t& out) {
   return with_products(problem, [&](const Kernels& kernels) {
-    out = uses_tiles(problem) ? TileHead(problem, kernels).packed_floats()
-                              : PackedHead(problem, kernels, problem.bf16).packed_floats();
+    out = with_head(problem, kernels, [](const auto& head) { return head.packed_floats(); });
   });
 }
 
 Status pack(const Problem& problem, float* out) {
   return with_products(problem, [&](const Kernels& kernels) {
-    if (uses_tiles(problem))
-      TileHead(problem, kernels).pack(out);
-    else
-      PackedHead(problem, kernels, problem.bf16).pack(out);
+    with_head(problem, kernels, [&](const auto& head) { head.pack(out); });
   });
 }
 

@@ -44,7 +44,7 @@ void HiddenRows::begin_chunk(int64_t frame, Span rows) {
   for (int64_t rank = ranks.begin; rank < ranks.end; ++rank) {
     int64_t& held = packed_rank_[slot_of_packed(rank)];
     if (held == rank) continue;
-    pack_row(head_.problem, head_.layout, frame, rows_.source_row(rank), {0, head_.problem.in_width},
+    pack_row(head_.problem, head_.kernels, head_.layout, frame, rows_.source_row(rank), {0, head_.problem.in_width},
              packed_ + slot_of_packed(rank) * packed_row_floats_);
     held = rank;
   }
@@ -60,7 +60,7 @@ void HiddenRows::begin_group(int64_t g) {
 
   const Span table = {std::max<int64_t>(chunk_.begin - 1, 0), std::min(chunk_.end + 1, p.height)};
   const Buffer pixels = pack_positions(p.pos_y, table, head_.layout, head_.block_rows());
-  head_.multiply(g, PackedHead::Channels::second_half, pixels.data(), head_.layout.half_floats(),
+  head_.multiply(g, PackedHead::Channels::second_half, pixels.data(), head_.layout.position_floats(),
                  divide_up(table.size(), head_.block_rows()), position_products_.data());
   for (int64_t Y = chunk_.begin; Y < chunk_.end; ++Y)
     for (int dy = 0; dy < 3; ++dy) {
@@ -126,15 +126,16 @@ RowBlend HiddenRows::blend_of(int64_t g, int64_t Y) const {
   return blend;
 }
 
-void HiddenRows::read(int64_t g, int64_t Y, int64_t t, float* hidden) const {
+void HiddenRows::read(int64_t g, int64_t Y, int64_t t, float* hidden, float* sum) const {
   const Span columns = tile(t);
   head_.kernels.blend_rows(blend_of(g, Y), base_ + (Y - chunk_.begin) * kEdgeKinds * kGroup, columns.begin, columns.end,
-                           head_.problem.width, hidden);
+                           head_.problem.width, hidden, sum);
 }
 
 void HiddenRows::read_linear(int64_t g, int64_t Y, int64_t t, const float* bias, float* out) const {
   const Span columns = tile(t);
-  head_.kernels.blend_rows_linear(blend_of(g, Y), bias, columns.begin, columns.end, head_.problem.width, out);
+  head_.kernels.blend_rows_linear(blend_of(g, Y), bias, columns.begin, columns.end, head_.problem.width, out,
+                                  nullptr);
 }
 
 }  // namespace moe::cpu

@@ -26,8 +26,8 @@ class HiddenRows {
   void begin_group(int64_t g);
   // Makes row Y readable in the tiles t with wanted[t] (null: in all).
   void prepare(int64_t g, int64_t Y, const uint8_t* wanted);
-  // hidden [tile's columns][kGroup] of a prepared row.
-  void read(int64_t g, int64_t Y, int64_t t, float* hidden) const;
+  // hidden [tile's columns][kGroup] of a prepared row; `sum` as in Kernels::blend_rows.
+  void read(int64_t g, int64_t Y, int64_t t, float* hidden, float* sum = nullptr) const;
   // The same without relu, and with `bias` [kEdgeKinds][kGroup] in place of what begin_group sets.
   void read_linear(int64_t g, int64_t Y, int64_t t, const float* bias, float* out) const;
 

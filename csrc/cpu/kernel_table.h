@@ -5,6 +5,7 @@
 #include "gemm.h"
 #include "median.h"
 #include "mix.h"
+#include "pack.h"
 #include "tile_kernels.h"
 #include "winograd.h"
 
@@ -21,6 +22,7 @@ Kernels make_kernels(const char* isa) {
   kernels.gemm = gemm<Rows, Vecs>;
   kernels.gemm_narrow = gemm<Rows, NarrowVecs>;
   kernels.gemm_in_parts = gemm_in_parts<Rows, NarrowVecs>;
+  kernels.pack_pixels = pack_pixels;
   kernels.blend_columns = blend_columns;
   kernels.blend_rows = blend_rows<true>;
   kernels.blend_rows_linear = blend_rows<false>;

@@ -21,17 +21,30 @@ constexpr int kSecondAlign = 4;          // outputs of a 1x1 layer are padded to
 constexpr int kTileWidth = 64;           // output pixels of a row handled together: the skip grid and the L1 block
 
 // c[m][n] (+)= sum_k a(m, k) b[k][n], for `row_blocks` blocks of kernel rows and `panels` panels of kernel columns.
-// With `bf16`, a and b hold pairs of bfloat16 along k, one pair per float, and `depth` counts pairs.
+// Products of bfloat16: a and b hold pairs along k, one pair per float, and `depth` counts pairs.
 struct Gemm {
   const float* a;
   int64_t a_row, a_depth;  // strides
   const float* b;          // panel p's row k starts at b + p * b_panel + k * b_depth
   int64_t b_panel, b_depth;
+  int64_t a_low, b_low;    // of bf16x3: from a high half's place to its low half's
   float* c;
   int64_t c_row;
   int64_t row_blocks, panels, depth;
   bool accumulate;
   bool goes_on;  // what is wanted next lies behind the last panel: fetch it (a hint, of float32 products)
+};
+
+// Pixels of a row of x, and how they are packed: see ChannelLayout.
+struct PixelRow {
+  const void* first;
+  Element element;
+  int64_t channel, row, pixel;  // strides, in elements
+  int64_t count;
+  int64_t half, rest;            // channels of the two halves
+  bool in_pairs;                 // of bfloat16; otherwise float32
+  int64_t half_floats, out_pixel;  // floats of a packed half, and from a packed pixel to the next
+  int64_t low;                   // floats to the low parts of bf16x3; otherwise 0
 };
 
 // How one output column's three horizontal taps read the low-resolution products: offsets into a row of them.
@@ -112,11 +125,15 @@ static inline int64_t sharpen_scratch_floats(const Sharpening& p) {
   return (5 * p.window + 5) * sharpen_row_floats(p) + 2 * p.window * p.window * kGroup;
 }
 
-// Products of bfloat16 pairs; `gemm` is null where the instruction set or the processor has none.
+// Products of bfloat16 pairs. null where the instruction set or the processor has none.
 struct Bf16Products {
   void (*gemm)(const Gemm&);
+  // a = high + low and b likewise: the products of the high halves and of a high with a low one. What that leaves out is
+  // 2^-18 of a product, and a number that is not finite makes NaN. Henry, Tang and Heinecke (arXiv 1904.06376).
+  void (*gemm_x3)(const Gemm&);
   int block_rows;  // rows of c in one Gemm block
   int columns;     // low-resolution columns whose products are made together
+  double x3_cost;  // the time of a multiply-add of gemm_x3 in that of a float32 one
 };
 
 struct Kernels {
@@ -131,15 +148,18 @@ struct Kernels {
   void (*gemm_in_parts)(const Gemm&);
   Bf16Products bf16;
 
+  // Padding stays as it is, but for the other half of a last pair, which becomes 0.
+  void (*pack_pixels)(const PixelRow&, float* out);
   // out[dy][X] = start[dy][X] + sum over the blend of products, for X in [begin, end) and the three rows of taps.
   void (*blend_columns)(const float* products, const ColumnBlend* blends, int64_t begin, int64_t end,
                         const float* start, float* out, int64_t out_plane);
-  // hidden[i] = relu(base[kind of column begin + i] + sum of the blend's rows), for i in [0, end - begin).
+  // hidden[i] = relu(base[kind of column begin + i] + sum of the blend's rows), for i in [0, end - begin). Adds what relu
+  // was given to sum [kGroup], which stays finite only if all of it is, unless that is null.
   void (*blend_rows)(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
-                     float* hidden);
+                     float* hidden, float* sum);
   // The same without the relu.
   void (*blend_rows_linear)(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
-                            float* out);
+                            float* out, float* sum);
   // z[i] (+)= hidden[i] . w2, for kGroup hidden channels; w2 is [kGroup][padded], start [padded] or null to add to z.
   void (*second_layer)(const float* hidden, int64_t count, const float* w2, int64_t padded, const float* start,
                        float* z, int64_t z_pixel);

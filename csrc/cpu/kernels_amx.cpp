@@ -30,6 +30,7 @@ class Tiles {
       shapes.rows[r] = static_cast<uint8_t>(r < 6 ? kSide : pairs);
       shapes.row_bytes[r] = static_cast<uint16_t>((r == 4 || r == 5 ? pairs : kSide) * sizeof(float));
     }
+    __asm__ volatile("" : : "r"(&shapes) : "memory");  // GCC believes that the next line reads but 8 bytes
     _tile_loadconfig(&shapes);
   }
   ~Tiles() { _tile_release(); }  // or every switch to another thread would save 8 KB
@@ -37,27 +38,47 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// One or two tiles of sums down, one or two across; a and b are their first tiles' beginnings.
+constexpr int64_t kFloat = sizeof(float);
+
+template <bool TwoDown>
+void load_pixels(const Gemm& g, const float* a) {
+  _tile_loadd(4, a, g.a_row * kFloat);
+  if (TwoDown) _tile_loadd(5, a + kSide * g.a_row, g.a_row * kFloat);
+}
+
+template <bool TwoAcross>
+void load_weights(const Gemm& g, const float* const* b, int64_t at) {
+  _tile_loadd(6, b[0] + at, g.b_depth * kFloat);
+  if (TwoAcross) _tile_loadd(7, b[1] + at, g.b_depth * kFloat);
+}
+
 template <bool TwoDown, bool TwoAcross>
+void add_products() {
+  _tile_dpbf16ps(0, 4, 6);
+  if (TwoAcross) _tile_dpbf16ps(1, 4, 7);
+  if (TwoDown) _tile_dpbf16ps(2, 5, 6);
+  if (TwoDown && TwoAcross) _tile_dpbf16ps(3, 5, 7);
+}
+
+// One or two tiles of sums down, one or two across; a and b are their first tiles' beginnings. Of low parts, if there are
+// any, those of b come first, then those of a, so that each tile of a high part is loaded but once.
+template <bool X3, bool TwoDown, bool TwoAcross>
 void multiply_tiles(const Gemm& g, int64_t pairs, const float* a, const float* const* b, float* const* c) {
-  constexpr int64_t kFloat = sizeof(float);
-  const float* below = a + kSide * g.a_row;
   _tile_zero(0);
   if (TwoAcross) _tile_zero(1);
   if (TwoDown) _tile_zero(2);
   if (TwoDown && TwoAcross) _tile_zero(3);
   for (int64_t k = 0; k < g.depth; k += pairs) {
-    _tile_loadd(4, a + k, g.a_row * kFloat);
-    _tile_loadd(6, b[0] + k * g.b_depth, g.b_depth * kFloat);
-    _tile_dpbf16ps(0, 4, 6);
-    if (TwoAcross) {
-      _tile_loadd(7, b[1] + k * g.b_depth, g.b_depth * kFloat);
-      _tile_dpbf16ps(1, 4, 7);
+    load_pixels<TwoDown>(g, a + k);
+    if (X3) {
+      load_weights<TwoAcross>(g, b, g.b_low + k * g.b_depth);
+      add_products<TwoDown, TwoAcross>();
     }
-    if (TwoDown) {
-      _tile_loadd(5, below + k, g.a_row * kFloat);
-      _tile_dpbf16ps(2, 5, 6);
-      if (TwoAcross) _tile_dpbf16ps(3, 5, 7);
+    load_weights<TwoAcross>(g, b, k * g.b_depth);
+    add_products<TwoDown, TwoAcross>();
+    if (X3) {
+      load_pixels<TwoDown>(g, a + g.a_low + k);
+      add_products<TwoDown, TwoAcross>();
     }
   }
   _tile_stored(0, c[0], g.c_row * kFloat);
@@ -83,13 +104,14 @@ bool may_use_tiles() {
 }
 
 // Shallow tiles are left to the other instruction.
+template <bool X3>
 void gemm(const Gemm& g) {
   const int64_t pairs = tile_pairs(g.depth);
   if (g.accumulate || pairs < kSide / 2) {
     const Bf16Products other = avx512_bf16();
     Gemm blocks = g;
     blocks.row_blocks *= kSide / other.block_rows;
-    return other.gemm(blocks);
+    return (X3 ? other.gemm_x3 : other.gemm)(blocks);
   }
   const Tiles tiles(pairs);
   const int64_t across = g.panels * kPanelTiles;
@@ -106,8 +128,8 @@ void gemm(const Gemm& g) {
       const float* a = g.a + block * kSide * g.a_row;
       float* rows[2] = {c[0] + block * kSide * g.c_row, c[1] + block * kSide * g.c_row};
       const bool two_down = block + 1 < g.row_blocks;
-      const auto multiply = two_down ? (two_across ? multiply_tiles<true, true> : multiply_tiles<true, false>)
-                                     : (two_across ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+      const auto multiply = two_down ? (two_across ? multiply_tiles<X3, true, true> : multiply_tiles<X3, true, false>)
+                                     : (two_across ? multiply_tiles<X3, false, true> : multiply_tiles<X3, false, false>);
       multiply(g, pairs, a, b, rows);
     }
   }
@@ -118,7 +140,9 @@ void gemm(const Gemm& g) {
 Bf16Products amx_bf16() {
   static const bool may = may_use_tiles() && avx512_bf16().gemm;
   if (!may) return {};
-  return {gemm, kSide, 96};  // a third of the weights' traffic of 32 columns
+  constexpr int kColumns = 96;  // a third of the weights' traffic of 32 columns
+  constexpr double kX3Cost = .45;  // 16 times the multiply-adds of an instruction, but its operands must come from L1
+  return {gemm<false>, gemm<true>, kSide, kColumns, kX3Cost};
 }
 
 }  // namespace moe::cpu

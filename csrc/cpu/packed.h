@@ -7,19 +7,32 @@
 
 namespace moe::cpu {
 
+// What is multiplied. In bf16x3 a number is a high part, itself as bfloat16, and a low one, the rest as bfloat16.
+enum class Numbers { float32, bf16, bf16x3 };
+
 // Input channels in two halves, because the position embedding fills one with a function of the column and the other
-// with one of the row. In bfloat16 each half is padded to whole pairs, and one float holds a pair.
+// with one of the row. In bfloat16 each half is padded to whole pairs, and one float holds a pair; of bf16x3 the low
+// parts of all channels come after all high ones.
 class ChannelLayout {
  public:
   // Halves take whole multiples of `step` floats.
-  ChannelLayout(int64_t channels, bool bf16, int64_t step = 1)
-      : bf16_(bf16), half_((channels + 1) / 2), rest_(channels - half_), per_float_(bf16 ? 2 : 1), step_(step) {}
+  ChannelLayout(int64_t channels, Numbers numbers, int64_t step = 1)
+      : numbers_(numbers),
+        half_((channels + 1) / 2),
+        rest_(channels - half_),
+        per_float_(numbers == Numbers::float32 ? 1 : 2),
+        step_(step) {}
 
-  bool bf16() const { return bf16_; }
+  Numbers numbers() const { return numbers_; }
+  bool in_pairs() const { return numbers_ != Numbers::float32; }
   int64_t channels() const { return half_ + rest_; }
   int64_t half_channels() const { return half_; }
   int64_t half_floats() const { return padded(half_); }
-  int64_t floats() const { return half_floats() + padded(rest_); }  // of a pixel
+  int64_t depth() const { return half_floats() + padded(rest_); }  // floats of a pixel's products
+  int64_t floats() const { return parts() * depth(); }             // of a pixel
+  int64_t position_floats() const { return parts() * half_floats(); }  // of a half alone
+  int64_t parts() const { return numbers_ == Numbers::bf16x3 ? 2 : 1; }
+  int64_t low_of(int64_t floats) const { return numbers_ == Numbers::bf16x3 ? floats : 0; }  // where there are low parts
   // A channel's place, counted in elements (floats, or halves of pairs).
   int64_t place(int64_t channel) const {
     return channel < half_ ? channel : half_floats() * per_float_ + channel - half_;
@@ -28,7 +41,7 @@ class ChannelLayout {
  private:
   int64_t padded(int64_t channels) const { return round_up(divide_up(channels, per_float_), step_); }
 
-  bool bf16_;
+  Numbers numbers_;
   int64_t half_, rest_, per_float_, step_;
 };
 
@@ -72,13 +85,13 @@ class Branches {
 // A head for the low-resolution formulation.
 class PackedHead : public Branches {
  public:
-  PackedHead(const Problem& problem, const Kernels& kernels, bool bf16);
+  PackedHead(const Problem& problem, const Kernels& kernels, Numbers numbers);
 
   const ChannelLayout layout;
-  int64_t block_rows() const { return layout.bf16() ? kernels.bf16.block_rows : kernels.block_rows; }  // of products
+  int64_t block_rows() const { return layout.in_pairs() ? kernels.bf16.block_rows : kernels.block_rows; }  // of products
   // Low-resolution columns whose products are made together, and blended while they are in L1 or, if the products are
   // fast, L2: a multiple of block_rows().
-  int64_t column_block() const { return layout.bf16() ? kernels.bf16.columns : kColumnBlock; }
+  int64_t column_block() const { return layout.in_pairs() ? kernels.bf16.columns : kColumnBlock; }
 
   // The first layers' weights in the products' order.
   int64_t packed_floats() const { return groups() * group_floats(); }
@@ -89,7 +102,8 @@ class PackedHead : public Branches {
   // The position embedding's part that depends on the column, [3][W][kGroup] per row of taps; null without one.
   const float* column_part(int64_t g) const;
 
-  // products [columns][kColumn] = packed pixels times group g's weights, for the channels of half 0, half 1 or both.
+  // products [columns][kColumn] = packed pixels times group g's weights, for the channels of half 0, half 1 or both:
+  // layout.floats() or layout.position_floats() a pixel.
   enum class Channels { all, first_half, second_half };
   void multiply(int64_t g, Channels which, const float* pixels, int64_t pixel_floats, int64_t blocks,
                 float* products) const;
@@ -108,7 +122,8 @@ class PackedHead : public Branches {
 // A table [count][half_channels] of positions as packed pixels of one half, zero up to a whole block of rows.
 Buffer pack_positions(const float* table, Span rows, const ChannelLayout& layout, int64_t block_rows);
 
-// Some columns of row `row` of a frame as packed pixels [column][layout.floats()]; what is padding stays as it is.
-void pack_row(const Problem& problem, const ChannelLayout& layout, int64_t frame, int64_t row, Span columns, float* out);
+// Some columns of row `row` of a frame as packed pixels [column][layout.floats()], whose padding must be 0.
+void pack_row(const Problem& problem, const Kernels& kernels, const ChannelLayout& layout, int64_t frame, int64_t row,
+              Span columns, float* out);
 
 }  // namespace moe::cpu

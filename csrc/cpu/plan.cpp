@@ -150,11 +150,11 @@ double position_error(int64_t source, int64_t target) {
   return sum / static_cast<double>(target);
 }
 
-// In multiply-adds of the matrix product; what is not one counts for as many as take its time.
-double cost_by_rows(const Problem& p, double hidden) {
+// In multiply-adds of a float32 matrix product; what is not one counts for as many as take its time.
+double cost_by_rows(const Problem& p, double hidden, double of_product) {
   const auto in_pixels = static_cast<double>(p.in_height * p.in_width);
   const auto blends = static_cast<double>(p.in_height * p.width * 3 * kBlend + p.height * p.width * kBlend);
-  return hidden * (in_pixels * kTaps * static_cast<double>(p.channels) + 4 * blends);
+  return hidden * (in_pixels * kTaps * static_cast<double>(p.channels) * of_product + 4 * blends);
 }
 
 double cost_by_tiles(const Problem& p, double hidden) {
@@ -169,12 +169,24 @@ double interpolation_error(const Problem& p) {
   return std::sqrt(position_error(p.in_height, p.height) + position_error(p.in_width, p.width));
 }
 
-bool uses_tiles(const Problem& p) {
-  const bool upsamples = p.in_height <= p.height && p.in_width <= p.width;
-  if (p.bf16 || !upsamples || p.formulation == Formulation::low_resolution) return false;
-  if (p.formulation == Formulation::winograd) return true;
+Formulation chosen_formulation(const Problem& p, const Kernels* kernels) {
+  const bool fits_tiles = p.in_height <= p.height && p.in_width <= p.width;
+  const bool has_x3 = kernels && kernels->bf16.gemm_x3;
+  if (p.bf16) return Formulation::low_resolution;
+  if (p.formulation == Formulation::winograd && fits_tiles) return p.formulation;
+  if (p.formulation == Formulation::bf16x3 && has_x3) return p.formulation;
+  if (p.formulation != Formulation::automatic) return Formulation::low_resolution;
+
+  const double room = interpolation_error(p);
   const auto hidden = static_cast<double>(p.experts * p.expert_hidden + p.gate_hidden);
-  return interpolation_error(p) >= kTileError && cost_by_tiles(p, hidden) < cost_by_rows(p, hidden);
+  Formulation best = Formulation::low_resolution;
+  double least = cost_by_rows(p, hidden, 1);
+  const auto consider = [&](Formulation other, double cost) {
+    if (cost < least) best = other, least = cost;
+  };
+  if (has_x3 && room >= kRoughError) consider(Formulation::bf16x3, cost_by_rows(p, hidden, kernels->bf16.x3_cost));
+  if (fits_tiles && room >= kTileError) consider(Formulation::winograd, cost_by_tiles(p, hidden));
+  return best;
 }
 
 }  // namespace moe::cpu

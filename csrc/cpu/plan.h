@@ -108,10 +108,13 @@ const HeadTransforms& head_transforms();
 // nothing is resampled or the ratio is a power of two, and grows with the map.
 double interpolation_error(const Problem& problem);
 
-// The relative RMS error of the forward pass by tiles, with sums in parts of the depth, as measured; 1.6 times that without.
+// The relative RMS error of the forward pass by tiles, with sums in parts of the depth, as measured.
 constexpr double kTileError = 2e-6;
+// The same without parts, and in bf16x3.
+constexpr double kRoughError = 4e-6;
 
-// Whether the forward pass takes tiles: where that is closer to the truth than PyTorch, and needs fewer operations.
-bool uses_tiles(const Problem& problem);
+// What the forward pass takes: products at low resolution, unless another formulation needs less time and is closer to the
+// truth than PyTorch. `kernels` null: float32 products alone.
+Formulation chosen_formulation(const Problem& problem, const Kernels* kernels);
 
 }  // namespace moe::cpu

@@ -21,7 +21,7 @@ struct Grid {
       : rows(head.problem.in_height, head.problem.height),
         columns(head.problem.in_width, head.problem.width),
         half(head.layout.half_floats()),
-        in_parts(interpolation_error(head.problem) < 2 * kTileError) {
+        in_parts(interpolation_error(head.problem) < kRoughError) {
     const Problem& p = head.problem;
     if (!p.pos_x) return;
     position_x = transform(columns, p.pos_x, head.layout.half_channels(), p.threads);
@@ -118,7 +118,7 @@ class TileWorker {
                           grid_.columns.sources(run.column + run.count - 1).end};
     const int64_t row_floats = columns.size() * depth_;
     for (int64_t r = 0; r < rows.size(); ++r)
-      pack_row(p_, head_.layout, frame_, rows.begin + r, columns, pixels_ + r * row_floats);
+      pack_row(p_, head_.kernels, head_.layout, frame_, rows.begin + r, columns, pixels_ + r * row_floats);
     for (int64_t channel = 0; channel < depth_; channel += kGroup) {
       head_.kernels.transform_rows(pixels_ + channel, row_floats, rows.size(), depth_, columns.size(),
                                    grid_.rows.weights(run.row), rows_.data());
@@ -223,7 +223,7 @@ class TileWorker {
 
 }  // namespace
 
-TileHead::TileHead(const Problem& p, const Kernels& k) : Branches(p, k), layout(p.channels, false, kGroup) {
+TileHead::TileHead(const Problem& p, const Kernels& k) : Branches(p, k), layout(p.channels, Numbers::float32, kGroup) {
   const int64_t step = std::max<int64_t>(kGroup, k.narrow_panel), groups = kMaxColumns / kGroup;
   for (int64_t i = 0; i < branches(); ++i) {
     const int64_t branch = (i + problem.experts) % branches();  // the gate first, as they are used

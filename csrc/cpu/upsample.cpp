@@ -62,7 +62,7 @@ class UpsampledRows {
 void run(const UpsampledLayer& layer, const Kernels& kernels) {
   const Buffer no_weights = zeros(layer.out_channels);
   const Problem problem = as_problem(layer, no_weights.data());
-  PackedHead head(problem, kernels, false);
+  PackedHead head(problem, kernels, Numbers::float32);
   head.use(nullptr);
   const RowPlan rows(problem.in_height, problem.height);
   const ColumnPlan columns(problem.in_width, problem.width, round_up(problem.in_width, kernels.block_rows));

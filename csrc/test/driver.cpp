@@ -82,8 +82,7 @@ struct Case {
     p.conf_activation = ConfActivation::expp1;
   }
 
-  // All outputs, and all gradients but of Winograd's formulation, which the backward pass does not know; one after
-  // another. The first layers are packed beforehand.
+  // All outputs, and all gradients but of the formulations that the backward pass does not know; one after another. The first layers are packed beforehand.
   Floats run(const char* isa, int threads, bool bf16) {
     p.isa = isa, p.threads = threads, p.bf16 = bf16;
     int64_t floats = 0;
@@ -98,7 +97,7 @@ struct Case {
     Floats all;
     for (const Floats* part : {&prediction, &confidence, &entropy, &weights})
       all.insert(all.end(), part->begin(), part->end());
-    if (p.formulation == Formulation::winograd) return all;
+    if (p.formulation != Formulation::low_resolution) return all;
     Floats gx(x.size(), NAN), gw1(w1.size(), NAN), gb1_(b1.size(), NAN), gw2(w2.size(), NAN), gb2_(b2.size(), NAN);
     Floats gg1(g1.size(), NAN), ggb1(gb1.size(), NAN), gg2(g2.size(), NAN), ggb2(gb2.size(), NAN);
     Floats glogits(logits.size(), NAN);
@@ -255,7 +254,7 @@ int main() {
         Case test(kShapes[s], mode, skip_below, skip_below == 0);
         test.p.formulation = Formulation::low_resolution;
         const Floats truth = test.run("portable", 1, false);
-        for (Formulation formulation : {Formulation::low_resolution, Formulation::winograd})
+        for (Formulation formulation : {Formulation::low_resolution, Formulation::winograd, Formulation::bf16x3})
           for (int i = 0; i < count; ++i) {
             test.p.formulation = formulation;
             const Floats one = test.run(isas[i], 1, false);

@@ -44,8 +44,9 @@ def tail_work(case: Case, formulation: str = "direct") -> Work:
         formulation: of upsampling and first layer together. "direct": upsample, then convolve, as VGGT does.
             "columns": interpolate the rows, convolve at full height and low width with three column taps side by side,
             then interpolate the columns. "low-resolution": one product with 9 N outputs per low-resolution pixel, then
-            interpolate and sum both ways. "winograd": 64 products for a tile of 6 x 6 outputs; interpolation and
-            transforms by dense 8 x 6 matrices there (rows once a column, columns once a tile) and 6 x 8 back.
+            interpolate and sum both ways; "bf16x3", the same, each product once though it is three of bfloat16 parts.
+            "winograd": 64 products for a tile of 6 x 6 outputs; interpolation and transforms by dense 8 x 6 matrices
+            there (rows once a column, columns once a tile) and 6 x 8 back.
     """
     (height, width), (h, w) = case.size, case.source_size
     c, n = case.channels, case.hidden
@@ -54,7 +55,7 @@ def tail_work(case: Case, formulation: str = "direct") -> Work:
     elif formulation == "columns":
         # Rows: 2 taps for each of C channels. Columns: 3 kernel columns of 2 taps for each of N channels.
         matrix, vector = height * w * 3 * c * 3 * n, height * w * c * 2 + height * width * n * 6
-    elif formulation == "low-resolution":
+    elif formulation in ("low-resolution", "bf16x3"):
         # Columns for each low-resolution row and kernel row: 3 x 3 kernel taps of 2. Rows: 3 kernel rows of 2 taps.
         matrix, vector = h * w * c * 9 * n, h * width * n * 18 + height * width * n * 6
     elif formulation == "winograd":

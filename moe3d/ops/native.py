@@ -21,9 +21,10 @@ from moe3d.ops.mixture import MODES
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 ISA_VARIABLE = "MOE3D_CPU_ISA"  # amx, avx512, avx2 or portable; "auto" or unset takes the best that the processor has
-# low-resolution or winograd (which gives way where it cannot run); "auto" or unset takes what needs fewer operations
+# Of float32 arithmetic: low-resolution, winograd or bf16x3 (which give way where they cannot run); "auto" or unset
+# takes what needs least time.
 FORMULATION_VARIABLE = "MOE3D_CPU_FORMULATION"
-FORMULATIONS = ("auto", "low-resolution", "winograd")
+FORMULATIONS = {"auto": 0, "low-resolution": 1, "winograd": 2, "bf16x3": 4}  # of moe::Formulation
 
 _BACKEND = "moe_head: the cpu backend"  # of whom errors speak
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -33,7 +34,8 @@ _FAILURES = {2: "no such instruction set", 3: "an instruction set that this proc
 
 class CPUBackend(Backend):
     """The first layer at low resolution (csrc/cpu/hidden.h) or by Winograd's algorithm (csrc/cpu/tiles.h), whichever
-    needs fewer operations; float32 or bfloat16 products with float32 sums."""
+    needs less time; products of float32 numbers, of those as sums of two bfloat16 ones (where AMX multiplies them), or
+    of bfloat16 ones, with float32 sums."""
 
     def unavailable(self) -> str | None:
         native = _build.native()
@@ -105,8 +107,9 @@ def chosen_formulation(source: tuple[int, int], size: tuple[int, int], channels:
     p = module.Problem()
     (p.in_height, p.in_width), (p.height, p.width) = source, size
     p.channels, p.experts, p.expert_hidden, p.bf16 = channels, 1, hidden, bf16
-    p.formulation = FORMULATIONS.index(formulation())
-    return FORMULATIONS[module.cpu_formulation(p)]
+    p.formulation, p.isa = FORMULATIONS[formulation()], isa()
+    chosen = module.cpu_formulation(p)
+    return next(name for name, code in FORMULATIONS.items() if code == chosen)
 
 
 def _uses_bf16(x: torch.dtype, precision: str) -> bool:
@@ -224,7 +227,7 @@ class Call:
 class _CPUCall(Call):
     def __init__(self, tensors: HeadTensors, options: HeadOptions, bf16: bool):
         super().__init__(_build.native().module, tensors, options)  # there, or the dispatcher had not come here
-        self.problem.formulation = FORMULATIONS.index(formulation())
+        self.problem.formulation = FORMULATIONS[formulation()]
         self.problem.bf16, self.problem.isa, self.problem.threads = bf16, isa(), torch.get_num_threads()
 
     def use_packed_weights(self, tensors: HeadTensors) -> None:

@@ -155,18 +155,18 @@ def test_any_strides(layout, dtype):
 
 
 def test_an_expert_far_below_the_threshold_is_left_out_and_one_above_it_is_not():
-    """Expert 1 is NaN everywhere: it shows exactly in the tiles (16 rows, 64 columns) where it was computed."""
+    """Expert 1 is NaN everywhere: it shows exactly in the tiles (8 rows, 64 columns) where it was computed."""
     height, width = 40, 150
     problem = random_problem(batch=1, experts=2, source=(20, 70), size=(height, width), skip_below=1e-6)
     nan = problem.tensors["expert_b2"].clone()
     nan[1] = torch.nan
     logits = torch.zeros(1, 2, height, width)
     logits[:, 1] = -60.0
-    logits[:, 1, 20, 70] = 0.0  # one pixel of the tile of rows 16-31 and columns 64-127
+    logits[:, 1, 20, 70] = 0.0  # one pixel of the tile of rows 16-23 and columns 64-127
     zero = {name: torch.zeros_like(problem.tensors[name]) for name in ("gate_w2", "gate_b2")}
     output = problem.with_tensors(expert_b2=nan, gate_logits=logits, **zero).run(backend="cpu")
     computed = torch.zeros(height, width, dtype=torch.bool)
-    computed[16:32, 64:128] = True
+    computed[16:24, 64:128] = True
     assert torch.equal(output.prediction[0, 0].isnan(), computed)
     assert output.entropy.isfinite().all()
 
