@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <new>
 #include <random>
@@ -116,6 +117,24 @@ struct Case {
     return all;
   }
 
+  // The features as numbers of this kind, and as they lie in memory with the channels of a pixel side by side or not.
+  void set_features(Element element, bool channels_last) {
+    const int64_t C = p.channels, h = p.in_height, w = p.in_width;
+    const int64_t planes[4] = {C * h * w, h * w, w, 1}, pixels[4] = {C * h * w, 1, w * C, C};
+    for (int i = 0; i < 4; ++i) p.x_strides[i] = (channels_last ? pixels : planes)[i];
+    p.x_element = element;
+    if (element == Element::float32) return;
+    short_x.resize(x.size());
+    for (size_t i = 0; i < x.size(); ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &x[i], sizeof bits);
+      const uint32_t sign = bits >> 16 & 0x8000u, exponent = bits >> 23 & 0xffu, fraction = bits >> 13 & 0x3ffu;
+      const uint32_t half = exponent > 112 ? sign | (exponent - 112) << 10 | fraction : sign;  // none is large
+      short_x[i] = static_cast<uint16_t>(element == Element::bfloat16 ? bits >> 16 : half);
+    }
+    p.x = short_x.data();
+  }
+
   static void check(Status status) {
     if (status != Status::ok) {
       std::printf("status %d\n", static_cast<int>(status));
@@ -124,6 +143,7 @@ struct Case {
   }
 
   Floats x, w1, b1, w2, b2, g1, gb1, g2, gb2, logits, pos_x, pos_y;
+  std::vector<uint16_t> short_x;
   Problem p;
 };
 
@@ -267,6 +287,19 @@ int main() {
             const Floats one = test.run(isas[i], 1, true);
             expect(distance(one, truth) < 0.1, "bfloat16 differs", isas[i], s);
             expect(test.run(isas[i], 3, true) == one, "bfloat16 depends on the number of threads", isas[i], s);
+          }
+      }
+  for (size_t s : {1, 2, 8})
+    for (Element element : {Element::float32, Element::bfloat16, Element::float16})
+      for (bool channels_last : {false, true}) {
+        Case test(kShapes[s], Mode::mean, 0, true);
+        test.set_features(element, channels_last);
+        test.p.formulation = Formulation::low_resolution;
+        const Floats truth = test.run("portable", 1, false);
+        for (Formulation formulation : {Formulation::low_resolution, Formulation::winograd, Formulation::bf16x3})
+          for (int i = 0; i < count; ++i) {
+            test.p.formulation = formulation;
+            expect(distance(test.run(isas[i], 1, false), truth) < 1e-4, "other features differ", isas[i], s);
           }
       }
   for (size_t s = 0; s < sizeof kMaps / sizeof *kMaps; ++s) {
