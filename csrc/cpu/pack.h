@@ -136,10 +136,12 @@ inline void pack_part(const PixelRow& r, const In* in, int64_t channels, float* 
       if (P != Part::low)
         for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(in + c * r.channel + r.row + begin, 0, 2);  // next
       for (int64_t c = 0; c < channels; c += kStep)
-        for (int64_t i = begin; i < end; i += kLanes) {
-          const bool full = i + kLanes <= end && c + kStep <= channels;
+        for (int64_t next = begin; next < end; next += kLanes) {
+          // A row's last pixels together with some that are done, because blocks that are not full take ten times as long.
+          const int64_t i = next + kLanes <= r.count || r.count < kLanes ? next : r.count - kLanes, pixels = r.count - i;
+          const bool full = pixels >= kLanes && c + kStep <= channels;
           (full ? pack_block<P, true, In> : pack_block<P, false, In>)(
-              in + c * r.channel + i, r.channel, channels - c, end - i, out + i * r.out_pixel + c / kInFloat, r.out_pixel);
+              in + c * r.channel + i, r.channel, channels - c, pixels, out + i * r.out_pixel + c / kInFloat, r.out_pixel);
         }
     }
     return;
