@@ -41,13 +41,17 @@ void blend_pixels(const RowBlend& blend_in_memory, const float* base, int64_t be
     for (int v = 0; v < kGroupVecs; ++v) store(sum + v * kLanes, load(sum + v * kLanes) + total[v]);
 }
 
-template <bool Relu>
 void blend_rows(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width, float* hidden,
                 float* sum) {
   if (sum)
-    blend_pixels<Relu, true>(blend, base, begin, end, width, hidden, sum);
+    blend_pixels<true, true>(blend, base, begin, end, width, hidden, sum);
   else
-    blend_pixels<Relu, false>(blend, base, begin, end, width, hidden, sum);
+    blend_pixels<true, false>(blend, base, begin, end, width, hidden, sum);
+}
+
+void blend_rows_linear(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
+                       float* out) {
+  blend_pixels<false, false>(blend, base, begin, end, width, out, nullptr);
 }
 
 void blend_corners(const float* const* corners, const float* weights, int64_t channels, float* out) {

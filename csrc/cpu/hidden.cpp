@@ -134,8 +134,7 @@ void HiddenRows::read(int64_t g, int64_t Y, int64_t t, float* hidden, float* sum
 
 void HiddenRows::read_linear(int64_t g, int64_t Y, int64_t t, const float* bias, float* out) const {
   const Span columns = tile(t);
-  head_.kernels.blend_rows_linear(blend_of(g, Y), bias, columns.begin, columns.end, head_.problem.width, out,
-                                  nullptr);
+  head_.kernels.blend_rows_linear(blend_of(g, Y), bias, columns.begin, columns.end, head_.problem.width, out);
 }
 
 }  // namespace moe::cpu

@@ -24,8 +24,8 @@ Kernels make_kernels(const char* isa) {
   kernels.gemm_in_parts = gemm_in_parts<Rows, NarrowVecs>;
   kernels.pack_pixels = pack_pixels;
   kernels.blend_columns = blend_columns;
-  kernels.blend_rows = blend_rows<true>;
-  kernels.blend_rows_linear = blend_rows<false>;
+  kernels.blend_rows = blend_rows;
+  kernels.blend_rows_linear = blend_rows_linear;
   kernels.second_layer = second_layer;
   kernels.mix = mix;
   kernels.find_kept = find_kept;

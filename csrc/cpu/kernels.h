@@ -157,9 +157,9 @@ struct Kernels {
   // was given to sum [kGroup], which stays finite only if all of it is, unless that is null.
   void (*blend_rows)(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
                      float* hidden, float* sum);
-  // The same without the relu.
+  // The same without the relu and the sum.
   void (*blend_rows_linear)(const RowBlend& blend, const float* base, int64_t begin, int64_t end, int64_t width,
-                            float* out, float* sum);
+                            float* out);
   // z[i] (+)= hidden[i] . w2, for kGroup hidden channels; w2 is [kGroup][padded], start [padded] or null to add to z.
   void (*second_layer)(const float* hidden, int64_t count, const float* w2, int64_t padded, const float* start,
                        float* z, int64_t z_pixel);

@@ -1,4 +1,4 @@
-// Numbers of 16 bits, one at a time.
+// Floats as bits, and numbers of 16 bits, one at a time.
 //
 // In an unnamed namespace, as simd.h, for the same reason.
 #pragma once

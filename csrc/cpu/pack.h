@@ -137,7 +137,7 @@ inline void pack_part(const PixelRow& r, const In* in, int64_t channels, float* 
         for (int64_t c = 0; c < channels; ++c) __builtin_prefetch(in + c * r.channel + r.row + begin, 0, 2);  // next
       for (int64_t c = 0; c < channels; c += kStep)
         for (int64_t next = begin; next < end; next += kLanes) {
-          // A row's last pixels together with some that are done, because blocks that are not full take ten times as long.
+          // A row's last pixels together with some that are done, because a block that is not full takes many times as long.
           const int64_t i = next + kLanes <= r.count || r.count < kLanes ? next : r.count - kLanes, pixels = r.count - i;
           const bool full = pixels >= kLanes && c + kStep <= channels;
           (full ? pack_block<P, true, In> : pack_block<P, false, In>)(
@@ -152,9 +152,11 @@ inline void pack_part(const PixelRow& r, const In* in, int64_t channels, float* 
       pack_pixel<P>(pixel, channels, out + i * r.out_pixel);
       continue;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      In one[kLanes] = {pixel[c * r.channel]};
-      pack_pixel<P>(one, 1, reinterpret_cast<float*>(reinterpret_cast<char*>(out + i * r.out_pixel) + c * 4 / kInFloat));
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int64_t count = c + kLanes <= channels ? kLanes : channels - c;
+      In together[kLanes] = {};
+      for (int64_t n = 0; n < count; ++n) together[n] = pixel[(c + n) * r.channel];
+      pack_pixel<P>(together, count, out + i * r.out_pixel + c / kInFloat);
     }
   }
 }

@@ -8,7 +8,7 @@
 namespace moe::cpu {
 namespace {
 
-// A number of the pairs that begin at `first`; in bf16x3 their low parts are `low_floats` behind, which otherwise is 0.
+// Puts a number into the pairs that begin at `first`; in bf16x3 their low parts are `low_floats` behind, which otherwise is 0.
 void put_in_pairs(float* first, int64_t number, int64_t low_floats, float value) {
   put(reinterpret_cast<Bfloat16*>(first) + number, 2 * low_floats, value);
 }

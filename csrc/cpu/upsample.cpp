@@ -11,7 +11,7 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int64_t kChunk = 16;  // output rows, as in forward.cpp
+constexpr int64_t kChunk = 16;  // output rows whose low-resolution rows are packed together
 
 // The layer as the first layer of one expert: HiddenRows asks for no more.
 Problem as_problem(const UpsampledLayer& layer, const float* zeros) {

@@ -108,8 +108,12 @@ def chosen_formulation(source: tuple[int, int], size: tuple[int, int], channels:
     (p.in_height, p.in_width), (p.height, p.width) = source, size
     p.channels, p.experts, p.expert_hidden, p.bf16 = channels, 1, hidden, bf16
     p.formulation, p.isa = FORMULATIONS[formulation()], isa()
-    chosen = module.cpu_formulation(p)
-    return next(name for name, code in FORMULATIONS.items() if code == chosen)
+    return formulation_name(FORMULATIONS, module.cpu_formulation(p))
+
+
+def formulation_name(formulations: Mapping[str, int], code: int) -> str:
+    """The name in one of the backends' ``FORMULATIONS``."""
+    return next(name for name, known in formulations.items() if known == code)
 
 
 def _uses_bf16(x: torch.dtype, precision: str) -> bool:

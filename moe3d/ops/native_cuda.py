@@ -14,7 +14,7 @@ import torch
 from moe3d import _build
 from moe3d.ops import gpu
 from moe3d.ops.backend import Backend
-from moe3d.ops.native import Call, as_head_tensors, empty_gradients, empty_outputs
+from moe3d.ops.native import Call, as_head_tensors, empty_gradients, empty_outputs, formulation_name
 from moe3d.ops.types import HeadOptions, HeadTensors, MoEOutput
 
 MAX_SIDE = 32768  # the kernels multiply two pixel indices in 32 bits
@@ -92,7 +92,7 @@ class _CUDACall(Call):
     @property
     def formulation(self) -> str:
         """What a forward pass takes on a GPU whose blocks may have the most shared memory."""
-        return _name_of(self.module.cuda_formulation(self.problem, self._arithmetic))
+        return formulation_name(FORMULATIONS, self.module.cuda_formulation(self.problem, self._arithmetic))
 
     def run(self, function: str, *structs) -> None:
         size = getattr(self.module, f"{function}_workspace")(self.problem, self._arithmetic)
@@ -124,11 +124,7 @@ def chosen_formulation(
     (p.in_height, p.in_width), (p.height, p.width) = source, size
     p.channels, p.outputs, (p.experts, p.expert_hidden, p.gate_hidden) = channels, 2, hidden
     p.formulation = FORMULATIONS[formulation()]
-    return _name_of(module.cuda_formulation(p, ARITHMETIC.index(precision)))
-
-
-def _name_of(code: int) -> str:
-    return next(name for name, known in FORMULATIONS.items() if known == code)
+    return formulation_name(FORMULATIONS, module.cuda_formulation(p, ARITHMETIC.index(precision)))
 
 
 def _unknown_formulation() -> str | None:
