@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from moe3d.benchmark.case import Case
+from moe3d.benchmark.case import Case, precisions
 from moe3d.benchmark.roofline import (
     FORMULATIONS,
     Ceilings,
@@ -26,7 +26,6 @@ from moe3d.benchmark.roofline import (
     vggt_macs,
     vggt_paper_flops,
 )
-from moe3d.benchmark.session import precisions
 
 SIZES = ((154, 518), (392, 518), (518, 518), (1036, 1036))
 EXPERTS = (1, 2, 4, 8, 16)

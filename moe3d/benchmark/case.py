@@ -155,6 +155,16 @@ def random_inputs(case: Case, seed: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, device=case.device).to(case.dtype) for _ in range(count)]
 
 
+def precisions(device: str) -> tuple[str, ...]:
+    """The classes of arithmetic that a device has; on the CPU those of which PyTorch has convolutions made for it.
+
+    It computes the others in loops that take a thousand times as long: minutes for one tail of VGGT's size.
+    """
+    if torch.device(device).type == "cuda":
+        return PRECISIONS
+    return ("ieee", "bf16") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("ieee",)
+
+
 @contextlib.contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
     """PyTorch's own float32 convolutions and products on CUDA in the class's arithmetic, while it is measured."""

@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from moe3d.benchmark.case import PRECISIONS, Case
+from moe3d.benchmark.case import Case, precisions
 from moe3d.benchmark.machine import describe
 from moe3d.benchmark.probe import first_call, peak_memory
 from moe3d.benchmark.race import Effort, Outcome
@@ -70,8 +68,3 @@ class Session:
     def _keep(self, suite: str, case: Case, peer: str, seconds: float, **measured) -> None:
         ms = 1e3 * seconds
         self.records.append(Record(suite, peer, case.asdict(), self.run, 1, ms, ms, ms, **measured))
-
-
-def precisions(device: str) -> tuple[str, ...]:
-    """The classes of arithmetic that a device has."""
-    return PRECISIONS if torch.device(device).type == "cuda" else ("ieee", "bf16")

@@ -5,6 +5,7 @@ A backend takes part by having two more attributes (:class:`Tunable`); nothing e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from moe3d.benchmark.accuracy import Error
-from moe3d.benchmark.case import PRECISIONS, Case, arithmetic
+from moe3d.benchmark.case import Case, arithmetic, precisions
 from moe3d.benchmark.peers import CONCATENATED, TailField
 from moe3d.benchmark.race import Contestant, Effort, race
 from moe3d.benchmark.statistics import quantiles
@@ -55,8 +56,8 @@ def case_key(case: Case) -> str:
 
 def _cases(device: str) -> list[Case]:
     sizes = [(1, 518, 518), (8, 518, 518), (8, 154, 518), (8, 392, 518)]
-    precisions = PRECISIONS if torch.device(device).type == "cuda" else ("ieee", "bf16")
-    return [Case(*size, experts=k, precision=p, device=device) for p in precisions for size in sizes for k in (4, 1)]
+    kinds = itertools.product(precisions(device), sizes, (4, 1))
+    return [Case(*size, experts=experts, precision=p, device=device) for p, size, experts in kinds]
 
 
 def _tune_case(tunable: Tunable, case: Case, effort: Effort) -> dict:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import moe3d
 from moe3d.benchmark import heads
-from moe3d.benchmark.case import PRECISIONS, Case
+from moe3d.benchmark.case import PRECISIONS, Case, precisions
 from moe3d.benchmark.peers import CONCATENATED, STOCK, STOCK_CACHED
 from moe3d.benchmark.race import Effort
 from moe3d.benchmark.session import Session
@@ -56,6 +56,10 @@ def run(args: argparse.Namespace) -> None:
     precision = args.precision or ("tf32" if device == "cuda" else "ieee")
     if precision == "tf32" and device == "cpu":
         raise ValueError("--precision tf32 is arithmetic of CUDA devices, and the device is the CPU")
+    if precision not in precisions(device):
+        raise RuntimeError(
+            f"--precision {precision}: PyTorch, with which it would be compared, has no such convolutions here"
+        )
     races = _races(args.size, args.frames, args.experts, precision, device)
     session = Session(device)
     refused: dict[str, str] = {}

@@ -61,3 +61,9 @@ def test_wrong_usage(arguments, message, capsys):
 def test_tf32_needs_a_gpu(capsys):
     assert main(["bench", "--device", "cpu", "--precision", "tf32"]) == 1
     assert "--precision tf32 is arithmetic of CUDA devices" in capsys.readouterr().err
+
+
+def test_no_bfloat16_where_pytorch_has_no_convolutions_of_it(monkeypatch, capsys):
+    monkeypatch.setattr("moe3d.cli.bench.precisions", lambda device: ("ieee",))
+    assert main(["bench", "--device", "cpu", "--precision", "bf16"]) == 1
+    assert "--precision bf16: PyTorch, with which it would be compared, has no such" in capsys.readouterr().err

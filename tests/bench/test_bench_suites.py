@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = """
@@ -97,3 +98,10 @@ def test_the_full_run_holds_all_that_is_asked_of_it():
     assert {case.experts for case in cases} == {1, 2, 4, 8, 16}
     sizes = {case.size for case, _ in tail.cases("full", "cpu")}
     assert sizes == {(154, 518), (392, 518), (518, 518), (1036, 1036)}
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_full_run_races_in_bfloat16_where_pytorch_has_convolutions_of_it(monkeypatch, supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    cases = [case for case, _ in import_module("bench.test_tail").cases("full", "cpu")]
+    assert {case.frames for case in cases if case.precision == "bf16"} == ({1, 8} if supported else set())
