@@ -8,13 +8,6 @@ namespace {
 
 constexpr int64_t kLine = 16;  // floats of a cache line
 
-// f(i) for i in [0, Count), unrolled: what f indexes with i can live in registers.
-template <int Count, typename Function>
-inline __attribute__((always_inline)) void unrolled(Function f) {
-#pragma GCC unroll 32
-  for (int i = 0; i < Count; ++i) f(i);
-}
-
 // c (+)= a b over `depth`. With Ahead, every step fetches a line, from `ahead` on, into the second cache.
 template <int Rows, int Vecs, bool Ahead>
 inline __attribute__((always_inline)) void gemm_tile(const Gemm& g, int64_t depth, bool accumulate, const float* a,

@@ -45,7 +45,7 @@ void HiddenRows::begin_chunk(int64_t frame, Span rows) {
     int64_t& held = packed_rank_[slot_of_packed(rank)];
     if (held == rank) continue;
     pack_row(head_.problem, head_.kernels, head_.layout, frame, rows_.source_row(rank), {0, head_.problem.in_width},
-             packed_ + slot_of_packed(rank) * packed_row_floats_);
+             head_.layout.floats(), packed_ + slot_of_packed(rank) * packed_row_floats_);
     held = rank;
   }
 }

@@ -4,7 +4,7 @@
 namespace moe::cpu {
 
 const Kernels& avx2_kernels() {
-  static constexpr int kRows = 4, kVecs = 3, kNarrowVecs = 2;  // 12 sums, 3 operands, 1 broadcast: all 16 registers
+  static constexpr int kRows = 6, kVecs = 2, kNarrowVecs = 2;  // 12 sums, 2 operands and a broadcast of 16 registers
   static const Kernels kernels = make_kernels<kRows, kVecs, kNarrowVecs>("avx2");
   return kernels;
 }

@@ -64,35 +64,37 @@ inline Bits part_of(Vec values) {
 }
 
 #if MOE_VECTOR_BYTES == 64
-#define MOE_FRONT 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define MOE_BACK 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define MOE_EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
 #elif MOE_VECTOR_BYTES == 32
-#define MOE_FRONT 0, 8, 1, 9, 2, 10, 3, 11
-#define MOE_BACK 4, 12, 5, 13, 6, 14, 7, 15
+#define MOE_EACH_LANE(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)
 #else
-#define MOE_FRONT 0, 4, 1, 5
-#define MOE_BACK 2, 6, 3, 7
+#define MOE_EACH_LANE(f) f(0), f(1), f(2), f(3)
 #endif
 #ifdef __clang__
-#define MOE_LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define MOE_LANES(a, b, lane) __builtin_shufflevector(a, b, MOE_EACH_LANE(lane))
 #else
-#define MOE_LANES(a, b, ...) __builtin_shuffle(a, b, Bits{__VA_ARGS__})
+#define MOE_LANES(a, b, lane) __builtin_shuffle(a, b, Bits{MOE_EACH_LANE(lane)})
 #endif
+#define MOE_FRONT(j) ((j) & D ? kLanes + (j) - D : (j))
+#define MOE_BACK(j) ((j) & D ? kLanes + (j) : (j) + D)
 
-// rows[i][j] becomes rows[j][i]: a shuffle of the whole, as of cards, as often as halving takes to come to one.
-inline void transpose(Bits rows[kLanes]) {
-#pragma GCC unroll 4
-  for (int halves = kLanes; halves > 1; halves /= 2) {
-    Bits shuffled[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      shuffled[2 * i] = MOE_LANES(rows[i], rows[i + kLanes / 2], MOE_FRONT);
-      shuffled[2 * i + 1] = MOE_LANES(rows[i], rows[i + kLanes / 2], MOE_BACK);
-    }
+// Of every 2 D x 2 D numbers the two D x D off the diagonal change places.
+template <int D>
+inline __attribute__((always_inline)) void exchange(Bits rows[kLanes]) {
+  if constexpr (D < kLanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = shuffled[i];
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & D) continue;
+      const Bits front = MOE_LANES(rows[i], rows[i + D], MOE_FRONT);
+      rows[i + D] = MOE_LANES(rows[i], rows[i + D], MOE_BACK);
+      rows[i] = front;
+    }
+    exchange<2 * D>(rows);
   }
 }
+
+// rows[i][j] becomes rows[j][i].
+inline void transpose(Bits rows[kLanes]) { exchange<1>(rows); }
 
 // kLanes pixels that are neighbours in memory, and as many floats of each; unless `Full`, no more than there are.
 template <Part P, bool Full, typename In>
@@ -188,6 +190,7 @@ void pack_pixels(const PixelRow& row, float* out) {
 #undef MOE_FRONT
 #undef MOE_BACK
 #undef MOE_LANES
+#undef MOE_EACH_LANE
 
 }  // namespace
 }  // namespace moe::cpu

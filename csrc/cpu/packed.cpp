@@ -18,7 +18,7 @@ int64_t bytes_of(Element element) { return element == Element::float32 ? 4 : 2; 
 }  // namespace
 
 void pack_row(const Problem& p, const Kernels& kernels, const ChannelLayout& layout, int64_t frame, int64_t row,
-              Span columns, float* out) {
+              Span columns, int64_t pixel, float* out) {
   const int64_t first = frame * p.x_strides[0] + row * p.x_strides[2] + columns.begin * p.x_strides[3];
   PixelRow pixels = {};
   pixels.first = static_cast<const char*>(p.x) + first * bytes_of(p.x_element);
@@ -27,7 +27,7 @@ void pack_row(const Problem& p, const Kernels& kernels, const ChannelLayout& lay
   pixels.count = columns.size();
   pixels.half = layout.half_channels(), pixels.rest = layout.channels() - layout.half_channels();
   pixels.in_pairs = layout.in_pairs();
-  pixels.half_floats = layout.half_floats(), pixels.out_pixel = layout.floats();
+  pixels.half_floats = layout.half_floats(), pixels.out_pixel = pixel;
   pixels.low = layout.low_of(layout.depth());
   kernels.pack_pixels(pixels, out);
 }

@@ -91,7 +91,7 @@ class PackedHead : public Branches {
   int64_t block_rows() const { return layout.in_pairs() ? kernels.bf16.block_rows : kernels.block_rows; }  // of products
   // Low-resolution columns whose products are made together, and blended while they are in L1 or, if the products are
   // fast, L2: a multiple of block_rows().
-  int64_t column_block() const { return layout.in_pairs() ? kernels.bf16.columns : kColumnBlock; }
+  int64_t column_block() const { return layout.in_pairs() ? kernels.bf16.columns : kColumnBlock / kernels.block_rows * kernels.block_rows; }
 
   // The first layers' weights in the products' order.
   int64_t packed_floats() const { return groups() * group_floats(); }
@@ -122,8 +122,8 @@ class PackedHead : public Branches {
 // A table [count][half_channels] of positions as packed pixels of one half, zero up to a whole block of rows.
 Buffer pack_positions(const float* table, Span rows, const ChannelLayout& layout, int64_t block_rows);
 
-// Some columns of row `row` of a frame as packed pixels [column][layout.floats()], whose padding must be 0.
+// Some columns of row `row` of a frame as packed pixels `pixel` floats apart, whose padding must be 0.
 void pack_row(const Problem& problem, const Kernels& kernels, const ChannelLayout& layout, int64_t frame, int64_t row,
-              Span columns, float* out);
+              Span columns, int64_t pixel, float* out);
 
 }  // namespace moe::cpu

@@ -75,8 +75,6 @@ class ColumnPlan {
 // table, made in double. Beyond the map the upsampled pixels are zero, which is the convolution's padding.
 class PatchPlan {
  public:
-  static constexpr int64_t kMaxSources = kHeadPatch + 1;  // of a patch, when there are no fewer pixels than sources
-
   PatchPlan(int64_t source, int64_t target);
 
   int64_t count() const { return static_cast<int64_t>(patches_.size()); }

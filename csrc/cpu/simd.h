@@ -29,6 +29,13 @@ inline void store4(float* p, Vec4 v) { *reinterpret_cast<Vec4*>(p) = v; }
 
 inline Vec broadcast(float value) { return value - Vec{}; }
 
+// f(i) for i in [0, Count), unrolled: what f indexes with i can live in registers.
+template <int Count, typename Function>
+inline __attribute__((always_inline)) void unrolled(Function f) {
+#pragma GCC unroll 32
+  for (int i = 0; i < Count; ++i) f(i);
+}
+
 // f(i) for i in [0, count): independent of each other, whatever memory f writes, so that the loop vectorises.
 template <typename Function>
 inline __attribute__((always_inline)) void each_pixel(int64_t count, Function f) {

@@ -6,34 +6,78 @@
 namespace moe::cpu {
 namespace {
 
+// Results made at a time: their weights, of six sources (VGGT's ratio), stay in registers.
+constexpr int kAtOnce = MOE_VECTOR_BYTES == 64 ? 4 : 2;
+
+template <int64_t N>
+struct Constant {
+  constexpr operator int64_t() const { return N; }
+};
+
+// f(sources), compiled apart for the usual numbers of them, whose loops unroll.
+template <typename Function>
+inline __attribute__((always_inline)) void for_sources(int64_t sources, Function f) {
+  switch (sources) {
+    case 5: return f(Constant<5>{});
+    case 6: return f(Constant<6>{});
+    default: return f(sources);
+  }
+}
+
+// kAtOnce of a transform's kHeadPatch results: weights times sources.
+struct Combination {
+  Vec weights[kMaxSources][kAtOnce];
+
+  template <typename Count>
+  inline __attribute__((always_inline)) Combination(const float* of_first, Count sources) {
+    for (int64_t s = 0; s < sources; ++s)
+      unrolled<kAtOnce>([&](int i) { weights[s][i] = broadcast(of_first[s * kHeadPatch + i]); });
+  }
+
+  template <typename Count>
+  inline __attribute__((always_inline)) void add(const float* in, int64_t stride, Count sources, Vec* sum) const {
+    for (int64_t s = 0; s < sources; ++s) {
+      const Vec value = load(in + s * stride);
+      unrolled<kAtOnce>([&](int i) { sum[i] += weights[s][i] * value; });
+    }
+  }
+};
+
 void transform_rows(const float* pixels, int64_t row, int64_t rows, int64_t pixel, int64_t columns,
                     const float* weights, float* out) {
-  for (int64_t column = 0; column < columns; ++column)
-    for (int v = 0; v < kGroupVecs; ++v) {
-      const float* in = pixels + column * pixel + v * kLanes;
-      Vec sum[kHeadPatch] = {};
-      for (int64_t r = 0; r < rows; ++r)
-        for (int i = 0; i < kHeadPatch; ++i) sum[i] += weights[r * kHeadPatch + i] * load(in + r * row);
-      for (int i = 0; i < kHeadPatch; ++i) store(out + (column * kHeadPatch + i) * kGroup + v * kLanes, sum[i]);
+  for_sources(rows, [&](auto sources) __attribute__((always_inline)) {
+    for (int first = 0; first < kHeadPatch; first += kAtOnce) {
+      const Combination combination(weights + first, sources);
+      for (int64_t column = 0; column < columns; ++column)
+        for (int at = 0; at < kGroup; at += kLanes) {
+          Vec sum[kAtOnce] = {};
+          combination.add(pixels + column * pixel + at, row, sources, sum);
+          for (int i = 0; i < kAtOnce; ++i) store(out + (column * kHeadPatch + first + i) * kGroup + at, sum[i]);
+        }
     }
+  });
 }
 
 void transform_columns(const float* rows, int64_t columns, const float* weights, const PatchPosition& given, float* v,
                        int64_t plane) {
   const PatchPosition position = given;  // a copy that stores to v cannot change
-  for (int at = 0; at < kGroup; at += kLanes)
-    for (int i = 0; i < kHeadPatch; ++i) {
-      Vec sum[kHeadPatch] = {};
-      if (position.vectors)
-        for (int j = 0; j < kHeadPatch; ++j)
-          sum[j] = load(position.vectors + (position.by_column ? j : i) * position.stride + at) *
-                   position.scalars[position.by_column ? i : j];
-      for (int64_t column = 0; column < columns; ++column) {
-        const Vec value = load(rows + (column * kHeadPatch + i) * kGroup + at);
-        for (int j = 0; j < kHeadPatch; ++j) sum[j] += weights[column * kHeadPatch + j] * value;
-      }
-      for (int j = 0; j < kHeadPatch; ++j) store(v + (i * kHeadPatch + j) * plane + at, sum[j]);
+  const auto position_at = [&](int i, int j, int at) {
+    if (!position.vectors) return Vec{};
+    return load(position.vectors + (position.by_column ? j : i) * position.stride + at) *
+           position.scalars[position.by_column ? i : j];
+  };
+  for_sources(columns, [&](auto sources) __attribute__((always_inline)) {
+    for (int first = 0; first < kHeadPatch; first += kAtOnce) {
+      const Combination combination(weights + first, sources);
+      for (int i = 0; i < kHeadPatch; ++i)
+        for (int at = 0; at < kGroup; at += kLanes) {
+          Vec sum[kAtOnce];
+          unrolled<kAtOnce>([&](int j) { sum[j] = position_at(i, first + j, at); });
+          combination.add(rows + i * kGroup + at, kHeadPatch * kGroup, sources, sum);
+          unrolled<kAtOnce>([&](int j) { store(v + (i * kHeadPatch + first + j) * plane + at, sum[j]); });
+        }
     }
+  });
 }
 
 // One axis of the products of a tile, of points 0, +-kP, +-kQ, +-kR and infinity.

@@ -13,7 +13,7 @@ namespace {
 // works at: its transformed patches take half of a 1 MB L2, and the weights pass once a unit.
 constexpr int64_t kCellTiles = 8, kUnitTiles = 24, kCells = kUnitTiles / kCellTiles;
 constexpr int64_t kUnitWidth = kUnitTiles * kHeadTile;
-constexpr int64_t kStagger = 16;  // floats between places, so that they do not compete for the same lines of a cache
+constexpr int64_t kStagger = 16;  // floats between places, and between pixels: none compete for the same lines of a cache
 
 // How the tiles of a call read the features and the position embedding.
 struct Grid {
@@ -63,13 +63,14 @@ class TileWorker {
         p_(head.problem),
         grid_(grid),
         depth_(head.layout.floats()),
+        pixel_(depth_ + kStagger),
         patch_plane_(kUnitTiles * depth_ + kStagger),
         product_plane_(kUnitTiles * TileHead::kMaxColumns + kStagger),
         mixture_(head, outputs, kHeadTile * kUnitWidth),
-        pixels_(zeros(PatchPlan::kMaxSources * kRunSources * depth_)),
+        pixels_(zeros(kMaxSources * kRunSources * pixel_)),
         rows_(kRunSources * kHeadPatch * kGroup),
-        patches_(zeros(kPlaces * patch_plane_)),
-        products_(kPlaces * product_plane_),
+        patches_(zeros(kPlaces * patch_plane_ + past_end() * depth_)),
+        products_(kPlaces * product_plane_ + past_end() * TileHead::kMaxColumns),
         hidden_(kHeadTile * kHeadTile * kGroup),
         sums_(kUnitTiles * kGroup),
         kept_(kCells * p_.experts, 1) {}
@@ -92,6 +93,8 @@ class TileWorker {
     int64_t row, column, slot, count;
   };
 
+  // Rows of products beyond the last tile's, where cells are no multiple of a block of rows.
+  int64_t past_end() const { return head_.kernels.block_rows - 1; }
   uint8_t* kept(int64_t cell) { return kept_.data() + cell * p_.experts; }
   int64_t height(const Run& run) const { return std::min<int64_t>(kHeadTile, p_.height - run.row * kHeadTile); }
   int64_t width(const Run& run) const {
@@ -116,11 +119,11 @@ class TileWorker {
     const Span rows = grid_.rows.sources(run.row);
     const Span columns = {grid_.columns.sources(run.column).begin,
                           grid_.columns.sources(run.column + run.count - 1).end};
-    const int64_t row_floats = columns.size() * depth_;
+    const int64_t row_floats = columns.size() * pixel_;
     for (int64_t r = 0; r < rows.size(); ++r)
-      pack_row(p_, head_.kernels, head_.layout, frame_, rows.begin + r, columns, pixels_ + r * row_floats);
+      pack_row(p_, head_.kernels, head_.layout, frame_, rows.begin + r, columns, pixel_, pixels_ + r * row_floats);
     for (int64_t channel = 0; channel < depth_; channel += kGroup) {
-      head_.kernels.transform_rows(pixels_ + channel, row_floats, rows.size(), depth_, columns.size(),
+      head_.kernels.transform_rows(pixels_ + channel, row_floats, rows.size(), pixel_, columns.size(),
                                    grid_.rows.weights(run.row), rows_.data());
       for (int64_t i = 0; i < run.count; ++i) {
         const int64_t column = run.column + i;
@@ -164,7 +167,7 @@ class TileWorker {
     gemm.b_depth = head_.kernels.narrow_panel;
     gemm.c = products_ + place * product_plane_ + slots.begin * product.columns;
     gemm.c_row = product.columns;
-    gemm.row_blocks = slots.size() / head_.kernels.block_rows;
+    gemm.row_blocks = divide_up(slots.size(), head_.kernels.block_rows);
     gemm.panels = product.columns / head_.kernels.narrow_panel;
     gemm.depth = depth_;
     gemm.goes_on = true;
@@ -207,9 +210,10 @@ class TileWorker {
   const Problem& p_;
   const Grid& grid_;
   const int64_t depth_;                        // floats of a pixel
+  const int64_t pixel_;                        // floats from one to the next
   const int64_t patch_plane_, product_plane_;  // floats from one of the kPlaces to the next
   Mixture mixture_;
-  Buffer pixels_;    // what a run reads: [row][column][depth]
+  Buffer pixels_;    // what a run reads: [row][column][pixel_]
   Buffer rows_;      // its rows transformed, for kGroup channels: [column][kHeadPatch][kGroup]
   Buffer patches_;   // [place][slot][depth]
   Buffer products_;  // [place][slot][product's columns]
