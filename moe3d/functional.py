@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from moe3d.ops import dispatch
 from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
 from moe3d.ops.mixture import MODES
-from moe3d.ops.schema import moe_head_op
+from moe3d.ops.schema import AUTOCAST_DEVICES, moe_head_op
 from moe3d.ops.types import PARAMETERS, HeadOptions, HeadTensors, MoEOutput
 
 PRECISIONS = ("auto", "ieee", "tf32", "bf16")
@@ -103,7 +104,7 @@ def moe_head(
         precision=precision,
     )
     outputs = moe_head_op(*tensors, *options, backend)
-    return _present(MoEOutput(*outputs), options)
+    return _present(outputs, options)
 
 
 def check_options(
@@ -150,19 +151,23 @@ def check_number(argument: str, value: float, above_zero: bool = False) -> float
     return float(value)
 
 
-def _present(outputs: MoEOutput, options: HeadOptions) -> MoEOutput:
+def _present(outputs: Sequence[Tensor], options: HeadOptions) -> MoEOutput:
     """The operator's empty tensors stand for absent outputs."""
-    return outputs._replace(
-        confidence=None if options.conf_activation is None else outputs.confidence,
-        weights=outputs.weights if options.return_experts else None,
-        hypotheses=outputs.hypotheses if options.return_experts else None,
+    # Built anew: in a compiled graph PyTorch 2.11 and before cannot return what ``_replace`` makes.
+    prediction, confidence, entropy, weights, hypotheses = outputs
+    return MoEOutput(
+        prediction,
+        None if options.conf_activation is None else confidence,
+        entropy,
+        weights if options.return_experts else None,
+        hypotheses if options.return_experts else None,
     )
 
 
 def _autocast(t: HeadTensors) -> HeadTensors:
     """x and the parameters as conv2d's autocast would cast them; float64 stays, as there."""
     device = t.x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return t
     dtype = torch.get_autocast_dtype(device)
 
@@ -171,7 +176,8 @@ def _autocast(t: HeadTensors) -> HeadTensors:
             return value
         return value.to(dtype)
 
-    return t._replace(**{n: cast(getattr(t, n)) for n in ("x", *PARAMETERS)})
+    casts = ("x", *PARAMETERS)
+    return HeadTensors(*[cast(v) if name in casts else v for name, v in zip(HeadTensors._fields, t, strict=True)])
 
 
 def _check_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -187,7 +187,7 @@ class MoEHead(nn.Module):
     def _sharpened(self, output: MoEOutput, image: Any) -> MoEOutput:
         self._check_sharpen(output.prediction.shape[1])
         sharp = sharpen(output.prediction.squeeze(1), image, self.sharpen)
-        return output._replace(prediction=sharp.unsqueeze(1))
+        return MoEOutput(sharp.unsqueeze(1), *output[1:])
 
     def _check_sharpen(self, channels: int) -> None:
         if self.sharpen and channels != 1:

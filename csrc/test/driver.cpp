@@ -1,5 +1,9 @@
 // Runs the CPU kernels over awkward shapes without Python, for the sanitizers: every buffer has exactly its size.
 // Every instruction set and number of threads must agree with the portable path on one thread.
+//
+//   native_driver                no more than that
+//   native_driver write FILE     and keeps what the portable path computed,
+//   native_driver compare FILE   or compares it with what another machine kept
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -157,11 +161,43 @@ double distance(const Floats& a, const Floats& b) {
   return std::sqrt(difference / size);
 }
 
-void expect(bool holds, const char* what, const char* isa, size_t shape) {
+void expect(bool holds, const char* what, const char* of, size_t shape) {
   if (holds) return;
-  std::printf("%s: %s, shape %zu\n", what, isa, shape);
+  std::printf("%s: %s, shape %zu\n", what, of, shape);
   std::exit(1);
 }
+
+// For another machine, which rounds in other places.
+class Keep {
+ public:
+  Keep(int argc, char** argv) : writes_(argc == 3 && !std::strcmp(argv[1], "write")) {
+    if (argc == 1) return;
+    const bool compares = argc == 3 && !std::strcmp(argv[1], "compare");
+    if (writes_ || compares) file_ = std::fopen(argv[2], writes_ ? "wb" : "rb");
+    if (file_) return;
+    std::puts("usage: native_driver [write FILE | compare FILE], of a file that can be opened");
+    std::exit(2);
+  }
+  ~Keep() {
+    if (file_) std::fclose(file_);
+  }
+
+  void operator()(const Floats& here, const char* what, size_t shape) {
+    if (!file_) return;
+    const size_t size = here.size();
+    if (writes_) {
+      expect(std::fwrite(here.data(), sizeof(float), size, file_) == size, "cannot be written", what, shape);
+      return;
+    }
+    Floats there(size);
+    expect(std::fread(there.data(), sizeof(float), size, file_) == size, "cannot be read", what, shape);
+    expect(distance(here, there) < 1e-5, "differs from the other machine's", what, shape);
+  }
+
+ private:
+  bool writes_;
+  std::FILE* file_ = nullptr;
+};
 
 // --- the decoder's layers ---
 
@@ -265,7 +301,8 @@ Floats run_filter(const MapShape& s, int64_t window, bool with_valid, const char
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  Keep keep(argc, argv);
   const char* isas[cpu::kMostIsas];
   const int count = cpu::supported_isas(isas);
   for (size_t s = 0; s < sizeof kShapes / sizeof *kShapes; ++s)
@@ -274,6 +311,7 @@ int main() {
         Case test(kShapes[s], mode, skip_below, skip_below == 0);
         test.p.formulation = Formulation::low_resolution;
         const Floats truth = test.run("portable", 1, false);
+        keep(truth, "the head", s);
         for (Formulation formulation : {Formulation::low_resolution, Formulation::winograd, Formulation::bf16x3})
           for (int i = 0; i < count; ++i) {
             test.p.formulation = formulation;
@@ -304,6 +342,7 @@ int main() {
       }
   for (size_t s = 0; s < sizeof kMaps / sizeof *kMaps; ++s) {
     const Floats truth = run_layers(kMaps[s], "portable", 1);
+    keep(truth, "layers", s);
     for (int i = 0; i < count; ++i) {
       const Floats one = run_layers(kMaps[s], isas[i], 1);
       expect(distance(one, truth) < 1e-5, "layers differ from the portable path", isas[i], s);
@@ -314,6 +353,7 @@ int main() {
     for (int64_t window : {1, 3, 9})
       for (bool with_valid : {false, true}) {
         const Floats truth = run_filter(kMaps[s], window, with_valid, "portable", 1);
+        keep(truth, "the filter", s);
         for (int i = 0; i < count; ++i)
           for (int threads : {1, 3})
             expect(run_filter(kMaps[s], window, with_valid, isas[i], threads) == truth, "filters differ", isas[i], s);

@@ -68,9 +68,15 @@ def decompose_moe_head(*args) -> tuple[Tensor, ...]:
     return tuple(_absent(tensors.x) if o is None else o.contiguous() for o in outputs)
 
 
+# Asked once, here: up to PyTorch 2.11 the question cannot be part of a compiled graph.
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(device)
+)
+
+
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Inside an operator autocast would still cast every convolution, whatever the precision that was asked for."""
-    if not torch.amp.is_autocast_available(x.device.type):
+    if x.device.type not in AUTOCAST_DEVICES:
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 

@@ -1,4 +1,4 @@
-"""The kernels without Python, under AddressSanitizer and UndefinedBehaviorSanitizer (csrc/test/driver.cpp)."""
+"""The kernels without Python (csrc/test/driver.cpp): under the sanitizers, and on an emulated aarch64."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MISSING = [tool for tool in ("make", "cmake", "c++") if shutil.which(tool) is None]
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed")
-def test_the_kernels_are_clean_under_the_sanitizers():
-    done = subprocess.run(["make", "native-sanitize"], cwd=ROOT, capture_output=True, text=True)
+def make(target: str, *tools: str) -> subprocess.CompletedProcess:
+    missing = [tool for tool in ("make", "cmake", "c++", *tools) if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed")
+    done = subprocess.run(["make", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "all shapes agree" in done.stdout
+    return done
+
+
+def test_the_kernels_are_clean_under_the_sanitizers():
+    assert "all shapes agree" in make("native-sanitize").stdout
+
+
+def test_aarch64_computes_what_this_machine_does():
+    done = make("native-aarch64", "aarch64-linux-gnu-g++", "qemu-aarch64-static")
+    assert done.stdout.count("all shapes agree") == 2

@@ -46,6 +46,7 @@ def metric_network(seed: int = 0) -> nn.Module:
 
 def nested_network() -> nn.Module:
     """The nested network's own class around two small ones."""
+    package()
     from depth_anything_3.model.da3 import NestedDepthAnything3Net
 
     nested = NestedDepthAnything3Net.__new__(NestedDepthAnything3Net)
