@@ -15,8 +15,8 @@ For example, a head whose number of images stays open:
 [(5, 1, 28, 36), (5, 28, 36)]
 
 A patched VGGT takes ``(images,)`` [B, S, 3, H, W]; with ``dynamic_shapes=({1: torch.export.Dim("frames", min=1,
-max=64)},)`` the number of frames stays open. Batch, height and width are the example's: the position embedding is
-computed for them.
+max=64)},)`` the number of frames stays open (``min=2`` with PyTorch 2.9 and older). Batch, height and width are the
+example's: the position embedding is computed for them.
 """
 
 from __future__ import annotations
