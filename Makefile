@@ -54,24 +54,18 @@ gpu:
 native-sanitize: build/sanitize/native_driver
 	build/sanitize/native_driver
 
-build/sanitize/native_driver: $(shell find csrc -type f)
-	cmake -S csrc -B build/sanitize -DMOE3D_DRIVER=ON -DMOE3D_SANITIZE=ON
-	cmake --build build/sanitize --parallel
-
 # They again, built for aarch64 and emulated: what they compute there against what they compute here. Needs Debian's
 # g++-aarch64-linux-gnu and qemu-user-static.
-native-aarch64: build/driver/native_driver build/aarch64/native_driver
-	build/driver/native_driver write build/driver/computed
-	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/native_driver compare build/driver/computed
+native-aarch64: build/native/native_driver build/aarch64/native_driver
+	build/native/native_driver write build/native/computed
+	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/native_driver compare build/native/computed
 
-build/driver/native_driver: $(shell find csrc -type f)
-	cmake -S csrc -B build/driver -DMOE3D_DRIVER=ON
-	cmake --build build/driver --parallel
+DRIVER_sanitize := -DMOE3D_SANITIZE=ON
+DRIVER_aarch64 := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
 
-build/aarch64/native_driver: $(shell find csrc -type f)
-	cmake -S csrc -B build/aarch64 -DMOE3D_DRIVER=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
-	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
-	cmake --build build/aarch64 --parallel
+build/%/native_driver: $(shell find csrc -type f)
+	cmake -S csrc -B build/$* -DMOE3D_DRIVER=ON $(DRIVER_$*)
+	cmake --build build/$* --parallel
 
 lint: $(VENV)/.tools
 	$(PY) -m ruff check .

@@ -153,7 +153,7 @@ def check_number(argument: str, value: float, above_zero: bool = False) -> float
 
 def _present(outputs: Sequence[Tensor], options: HeadOptions) -> MoEOutput:
     """The operator's empty tensors stand for absent outputs."""
-    # Built anew: in a compiled graph PyTorch 2.11 and before cannot return what ``_replace`` makes.
+    # Not by ``_replace``, whose tuple PyTorch 2.11 cannot return from a compiled graph.
     prediction, confidence, entropy, weights, hypotheses = outputs
     return MoEOutput(
         prediction,

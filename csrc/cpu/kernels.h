@@ -81,7 +81,7 @@ struct WinogradPatch {
 constexpr int kHeadTile = 6;
 constexpr int kHeadPatch = kHeadTile + 2;
 constexpr int kPlaces = kHeadPatch * kHeadPatch;
-constexpr int kMaxSources = kHeadPatch + 1;  // low-resolution rows or columns of a patch, where there are no fewer pixels
+constexpr int kMaxPatchSources = kHeadPatch + 1;  // low-resolution rows or columns, of which there are no more than pixels
 constexpr double kHeadPoints[kHeadPatch - 1] = {0, .5, -.5, 1, -1, 2, -2};  // and infinity
 
 // The position embedding in a patch's transform, for kGroup channels: place (i, j) gets vectors[j] * scalars[i] where it

@@ -107,7 +107,7 @@ PatchPlan::PatchPlan(int64_t source, int64_t target) : target_(target), patches_
     const Position last = position_of(pixels.end - 1, source, target);
     Patch& patch = patches_[t];
     patch.sources = {position_of(pixels.begin, source, target).low, last.low + (last.has_high() ? 2 : 1)};
-    double weights[kMaxSources][kHeadPatch] = {};
+    double weights[kMaxPatchSources][kHeadPatch] = {};
     for (int i = 0; i < kHeadPatch; ++i) {
       double inside = 0;
       for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {

@@ -87,7 +87,7 @@ class PatchPlan {
  private:
   struct Patch {
     Span sources;
-    float weights[kMaxSources * kHeadPatch];
+    float weights[kMaxPatchSources * kHeadPatch];
     float inside[kHeadPatch];
   };
   int64_t target_;

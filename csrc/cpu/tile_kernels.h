@@ -26,7 +26,7 @@ inline __attribute__((always_inline)) void for_sources(int64_t sources, Function
 
 // kAtOnce of a transform's kHeadPatch results: weights times sources.
 struct Combination {
-  Vec weights[kMaxSources][kAtOnce];
+  Vec weights[kMaxPatchSources][kAtOnce];
 
   template <typename Count>
   inline __attribute__((always_inline)) Combination(const float* of_first, Count sources) {

@@ -67,7 +67,7 @@ class TileWorker {
         patch_plane_(kUnitTiles * depth_ + kStagger),
         product_plane_(kUnitTiles * TileHead::kMaxColumns + kStagger),
         mixture_(head, outputs, kHeadTile * kUnitWidth),
-        pixels_(zeros(kMaxSources * kRunSources * pixel_)),
+        pixels_(zeros(kMaxPatchSources * kRunSources * pixel_)),
         rows_(kRunSources * kHeadPatch * kGroup),
         patches_(zeros(kPlaces * patch_plane_ + past_end() * depth_)),
         products_(kPlaces * product_plane_ + past_end() * TileHead::kMaxColumns),

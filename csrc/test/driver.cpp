@@ -167,10 +167,10 @@ void expect(bool holds, const char* what, const char* of, size_t shape) {
   std::exit(1);
 }
 
-// For another machine, which rounds in other places.
-class Keep {
+// Results that one machine writes and another, which rounds in other places, compares with its own.
+class Archive {
  public:
-  Keep(int argc, char** argv) : writes_(argc == 3 && !std::strcmp(argv[1], "write")) {
+  Archive(int argc, char** argv) : writes_(argc == 3 && !std::strcmp(argv[1], "write")) {
     if (argc == 1) return;
     const bool compares = argc == 3 && !std::strcmp(argv[1], "compare");
     if (writes_ || compares) file_ = std::fopen(argv[2], writes_ ? "wb" : "rb");
@@ -178,11 +178,11 @@ class Keep {
     std::puts("usage: native_driver [write FILE | compare FILE], of a file that can be opened");
     std::exit(2);
   }
-  ~Keep() {
+  ~Archive() {
     if (file_) std::fclose(file_);
   }
 
-  void operator()(const Floats& here, const char* what, size_t shape) {
+  void write_or_compare(const Floats& here, const char* what, size_t shape) {
     if (!file_) return;
     const size_t size = here.size();
     if (writes_) {
@@ -302,7 +302,7 @@ Floats run_filter(const MapShape& s, int64_t window, bool with_valid, const char
 }  // namespace
 
 int main(int argc, char** argv) {
-  Keep keep(argc, argv);
+  Archive archive(argc, argv);
   const char* isas[cpu::kMostIsas];
   const int count = cpu::supported_isas(isas);
   for (size_t s = 0; s < sizeof kShapes / sizeof *kShapes; ++s)
@@ -311,7 +311,7 @@ int main(int argc, char** argv) {
         Case test(kShapes[s], mode, skip_below, skip_below == 0);
         test.p.formulation = Formulation::low_resolution;
         const Floats truth = test.run("portable", 1, false);
-        keep(truth, "the head", s);
+        archive.write_or_compare(truth, "the head", s);
         for (Formulation formulation : {Formulation::low_resolution, Formulation::winograd, Formulation::bf16x3})
           for (int i = 0; i < count; ++i) {
             test.p.formulation = formulation;
@@ -342,7 +342,7 @@ int main(int argc, char** argv) {
       }
   for (size_t s = 0; s < sizeof kMaps / sizeof *kMaps; ++s) {
     const Floats truth = run_layers(kMaps[s], "portable", 1);
-    keep(truth, "layers", s);
+    archive.write_or_compare(truth, "layers", s);
     for (int i = 0; i < count; ++i) {
       const Floats one = run_layers(kMaps[s], isas[i], 1);
       expect(distance(one, truth) < 1e-5, "layers differ from the portable path", isas[i], s);
@@ -353,7 +353,7 @@ int main(int argc, char** argv) {
     for (int64_t window : {1, 3, 9})
       for (bool with_valid : {false, true}) {
         const Floats truth = run_filter(kMaps[s], window, with_valid, "portable", 1);
-        keep(truth, "the filter", s);
+        archive.write_or_compare(truth, "the filter", s);
         for (int i = 0; i < count; ++i)
           for (int threads : {1, 3})
             expect(run_filter(kMaps[s], window, with_valid, isas[i], threads) == truth, "filters differ", isas[i], s);

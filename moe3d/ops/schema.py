@@ -68,7 +68,7 @@ def decompose_moe_head(*args) -> tuple[Tensor, ...]:
     return tuple(_absent(tensors.x) if o is None else o.contiguous() for o in outputs)
 
 
-# Asked once, here: up to PyTorch 2.11 the question cannot be part of a compiled graph.
+# Asked once, here, because PyTorch 2.11 cannot trace the question.
 AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(device)
 )
