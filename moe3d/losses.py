@@ -420,10 +420,13 @@ class EntropyLoss(nn.Module):
 
 
 class CameraLoss(nn.Module):
-    """:func:`camera_loss` of ``pose_enc_list``; a scene counts by its first frame's valid pixels."""
+    """:func:`camera_loss` of ``pose_enc_list``; a scene counts by its first frame's valid pixels, and if the batch says
+    which scenes' poses are known (``posed`` [B]), only if they are."""
 
     def forward(self, predictions: Mapping[str, Any], batch: Mapping[str, Any]) -> Tensor:
         counts = batch["valid"][:, 0].sum(dim=(1, 2)) > MIN_VALID_PIXELS
+        if "posed" in batch:
+            counts = counts & batch["posed"]
         return camera_loss(predictions["pose_enc_list"], batch["pose_enc"], counts)
 
 

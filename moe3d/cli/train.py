@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe3d.cli.arguments import integer, number
+from moe3d.data import WITHOUT_ROOT
 from moe3d.losses import Schedule
 from moe3d.training.networks import PARTS
 from moe3d.training.recipes import LOSSES, RECIPES, Recipe
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 SHOWN = ("abs_rel", "delta1", "si_f1", "flying_rate")
 MULTIPLE = 14  # of image sizes, the patch size of VGGT's backbone
+IMAGE_GATES = {"none": False, "plain": True, "guided": "guided"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", type=_names, required=True, metavar="NAME[,NAME]", help="as hypersim,vkitti2; or synthetic"
     )
     data.add_argument(
-        "--root", type=_names, default=(), metavar="DIR[,DIR]", help="the datasets' folders; none for synthetic"
+        "--root",
+        type=_names,
+        default=(),
+        metavar="DIR[,DIR]",
+        help="the datasets' folders; synthetic and motorcycle need none",
     )
     data.add_argument(
         "--size",
@@ -57,7 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--loss", choices=LOSSES, help="of depth; nll-* are likelihoods of the mixture (default: the recipe's)"
     )
-    model.add_argument("--image-gate", action=argparse.BooleanOptionalAction, help="a branch on the image in the gate")
+    model.add_argument(
+        "--image-gate",
+        choices=tuple(IMAGE_GATES),
+        help="a branch on the image in the gate, which the features may guide (default: the recipe's)",
+    )
     model.add_argument("--num-experts", type=integer(1), metavar="K", help="(default: the recipe's)")
     model.add_argument(
         "--gate-hidden", type=integer(1), metavar="N", help="channels of the gate (default: the recipe's)"
@@ -92,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up", type=number(0, 0.99), default=0.05, metavar="X", help="part of the steps (default: %(default)g)"
     )
     run_group.add_argument(
-        "--clip", type=number(0), default=1.0, metavar="X", help="of the gradient's norm (default: 1)"
+        "--clip", type=number(0), default=1.0, metavar="X", help="of the gradient's norm, 0 for none (default: 1)"
     )
     run_group.add_argument(
         "--ema",
@@ -167,6 +177,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     """The recipe that is asked for, with what the other options change of it."""
     names = ("loss", "image_gate", "num_experts", "gate_hidden", "init_noise", "entropy_weight", "temperature", "mode")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "image_gate" in changes:
+        changes["image_gate"] = IMAGE_GATES[changes["image_gate"]]
+    if changes.get("image_gate") and changes.get("num_experts") == 1:
+        args.command.error(f"--image-gate {args.image_gate} needs at least 2 experts, got --num-experts 1")
     try:
         recipe = replace(RECIPES[args.recipe], **changes)
     except ValueError as error:
@@ -177,7 +191,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 def _datasets(args: argparse.Namespace) -> tuple:
     """(name, root, size) per dataset."""
     roots, sizes = list(args.root), list(args.size)
-    with_root = [name for name in args.dataset if name != "synthetic"]
+    with_root = [name for name in args.dataset if name not in WITHOUT_ROOT]
     if len(roots) != len(with_root):
         args.command.error(f"--root must name {len(with_root)} folder(s), one per dataset on disk, got {len(roots)}")
     if len(sizes) not in (0, 1, len(args.dataset)):

@@ -21,6 +21,7 @@ DATASETS = {
     "synthetic": "moe3d.data.synthetic:SyntheticDataset",
     "vkitti2": "moe3d.data.vkitti2:VirtualKITTI2",
 }
+WITHOUT_ROOT = ("motorcycle", "synthetic")  # nothing of them is on disk
 
 
 def open_dataset(name: str, root: str | PathLike[str] | None = None, split: str | None = None) -> Dataset:
@@ -44,4 +45,4 @@ def open_dataset(name: str, root: str | PathLike[str] | None = None, split: str 
     return getattr(import_module(module), factory)(root, split)
 
 
-__all__ = ["DATASETS", "AllFramesSkipped", "Dataset", "Sample", "Skipped", "open_dataset"]
+__all__ = ["DATASETS", "WITHOUT_ROOT", "AllFramesSkipped", "Dataset", "Sample", "Skipped", "open_dataset"]

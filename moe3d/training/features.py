@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moe3d.atomic import whole_file
 from moe3d.position import position_tables
-from moe3d.training.scenes import Batch, Key, LiveScenes, collate
+from moe3d.training.scenes import Batch, Corpus, Key, LiveScenes, collate
 
 FRONT_END = "depth_head.scratch.output_conv1"  # the last layer before the tail
 MANIFEST = "cache.json"
@@ -79,7 +79,15 @@ class CachedScenes(Dataset):
 
 
 @torch.no_grad()
-def cache_scenes(model: nn.Module, scenes: LiveScenes, count: int, folder: Path, process: int = 0, processes: int = 1):
+def cache_scenes(
+    model: nn.Module,
+    scenes: LiveScenes,
+    count: int,
+    folder: Path,
+    process: int = 0,
+    processes: int = 1,
+    bf16: bool = False,
+) -> None:
     """Write the first ``count`` scenes with the model's features into a folder; those that are there stay.
 
     Args:
@@ -87,23 +95,29 @@ def cache_scenes(model: nn.Module, scenes: LiveScenes, count: int, folder: Path,
             ``output_conv1``.
         scenes: where scene i is the first of step i.
         process, processes: this process writes every ``processes``-th scene.
+        bf16: run the backbone in bfloat16.
 
     Raises:
-        ValueError: the folder holds features of another model or of other scenes.
+        ValueError: the folder holds features of another model or precision, or of other scenes.
     """
     model.eval()
     folder.mkdir(parents=True, exist_ok=True)
-    _check_manifest(folder, fingerprint(model, scenes))
+    _check_manifest(folder, fingerprint(model, scenes, bf16))
     device = next(model.parameters()).device
     files = [(i, folder / f"scene-{i:06d}.safetensors") for i in range(process, count, processes)]
     missing = [(i, file) for i, file in files if not file.exists()]
     for i, file in tqdm(missing, desc="caching features", unit="scene", disable=None if process == 0 else True):
         scene = scenes[i, 0]
-        _write_scene(file, scene | {"fused": front_features(model, scene["images"].to(device)[None])})
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            fused = front_features(model, scene["images"].to(device)[None])
+        _write_scene(file, scene | {"fused": fused})
 
 
-def fingerprint(model: nn.Module, scenes: LiveScenes) -> dict[str, Any]:
-    """What decides the features: every weight before the tail, and the draw of the scenes."""
+def fingerprint(model: nn.Module, scenes: LiveScenes, bf16: bool) -> dict[str, Any]:
+    """What decides the features: every weight before the tail, the precision, and the draw of the scenes.
+
+    A dataset is known by the names of its frames, so that its folder may move.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if "output_conv2" not in name:
@@ -111,10 +125,17 @@ def fingerprint(model: nn.Module, scenes: LiveScenes) -> dict[str, Any]:
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {
         "weights": digest.hexdigest(),
-        "datasets": [[corpus.name, *corpus.size, len(corpus.sequences)] for corpus in scenes.corpora],
+        "precision": "bf16" if bf16 else "fp32",
+        "datasets": [[corpus.name, *corpus.size, _frames_digest(corpus)] for corpus in scenes.corpora],
         "frames": list(scenes.frames),
         "seed": scenes.seed,
     }
+
+
+def _frames_digest(corpus: Corpus) -> str:
+    """Of every frame that may be drawn, and of how far its depth counts."""
+    frames = {sequence: list(corpus.dataset.sequences[sequence]) for sequence in corpus.sequences}
+    return hashlib.sha256(json.dumps([frames, corpus.dataset.max_depth]).encode()).hexdigest()
 
 
 def read_scene(file: Path) -> Batch:
@@ -125,7 +146,11 @@ def read_scene(file: Path) -> Batch:
         scene: Batch = {key: opened.get_tensor(key) for key in opened.keys()}
         scene["names"] = json.loads(opened.metadata()["names"])
     scene["images"] = scene["images"].float() / 255
-    scene["fused"], scene["valid"] = scene["fused"].float(), scene["valid"].bool()
+    scene["fused"], scene["valid"], scene["posed"] = (
+        scene["fused"].float(),
+        scene["valid"].bool(),
+        scene["posed"].bool(),
+    )
     return scene
 
 
@@ -142,6 +167,7 @@ def _write_scene(file: Path, scene: Mapping[str, Any]) -> None:
         "depth": scene["depth"].float(),
         "valid": scene["valid"].byte(),
         "pose_enc": scene["pose_enc"].float(),
+        "posed": scene["posed"].byte(),
         "unit": scene["unit"].float(),
         "fused": scene["fused"].half().cpu().contiguous(),
     }

@@ -61,6 +61,12 @@ def set_trainable(model: nn.Module, part: str, cameras: bool) -> None:
         parameter.requires_grad_(False)
 
 
+def transformer_blocks(module: nn.Module) -> set[str]:
+    """The class names of what the lists ``blocks``, ``frame_blocks`` and ``global_blocks`` hold."""
+    lists = [m for name, m in module.named_modules() if name.endswith("blocks") and isinstance(m, nn.ModuleList)]
+    return {type(block).__name__ for blocks in lists for block in blocks}
+
+
 class Supervised(nn.Module):
     """A network and its losses as one module, so that what distributes a module distributes both.
 

@@ -72,7 +72,17 @@ def train(options: RunOptions) -> dict[str, float | None]:
     network, training, validation = _prepare(options, model, scenes, held_out, process)
     cameras = options.part != "head" and options.recipe.camera_weight > 0
     supervised = Supervised(network, options.recipe.objective(cameras))
-    trainer = Trainer(supervised, training, options.train, options.out, validation, options.resume, _identity(options))
+    trainer = Trainer(
+        supervised,
+        training,
+        options.train,
+        options.out,
+        validation,
+        options.resume,
+        _identity(options),
+        decode=options.recipe.set_decode,
+        shard=options.part == "all",
+    )
     trainer.train()
     _export(trainer, options)
     return trainer.metrics
@@ -81,7 +91,7 @@ def train(options: RunOptions) -> dict[str, float | None]:
 def _identity(options: RunOptions) -> dict[str, Any]:
     """What a run that is resumed must have been begun with, beside :class:`TrainOptions`."""
     names = ("datasets", "frames", "model", "part", "precision")
-    cached = {} if options.cache is None else {"cache_scenes": options.cache_scenes}
+    cached = {"cache_scenes": None if options.cache is None else options.cache_scenes}
     return {name: getattr(options, name) for name in names} | cached | vars(options.recipe)
 
 
@@ -96,18 +106,17 @@ def _prepare(
 ) -> tuple[nn.Module, Dataset, Validation | None]:
     """The network that is trained, its training scenes and its validation: of images, or of cached features."""
     seed, count = options.train.seed, options.validation_scenes
+    bf16 = options.precision == "bf16" or (options.precision is None and process.device.type == "cuda")
     if options.cache is not None:
-        turns = (process.process_index, process.num_processes)
-        cache_scenes(model, scenes, options.cache_scenes, options.cache / "train", *turns)
+        how = (process.process_index, process.num_processes, bf16)
+        cache_scenes(model, scenes, options.cache_scenes, options.cache / "train", *how)
         if held_out is not None:
-            cache_scenes(model, held_out, count, options.cache / "val", *turns)
+            cache_scenes(model, held_out, count, options.cache / "val", *how)
         process.wait_for_everyone()
     patch_vggt(model, **options.recipe.patch_options(seed))
     options.recipe.spread_experts(patched_heads(model)["depth"].tail)
     set_trainable(model, options.part, options.recipe.camera_weight > 0)
     if options.cache is None:
-        on_gpu = process.device.type == "cuda"
-        bf16 = options.precision == "bf16" or (options.precision is None and on_gpu)
         validation = Validation(collate([held_out[i, 0]]) for i in range(count)) if held_out is not None else None
         return ImageNetwork(model, bf16), scenes, validation
     head = patched_heads(model)["depth"]

@@ -7,6 +7,7 @@ same scenes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -32,6 +33,7 @@ SPLITS = {  # for training and for validation; where they are one, or there are 
     "nyuv2": ("train", "train"),
     "vkitti2": ("train", "train"),
 }
+PHOTOGRAPHS = ("nyuv2",)  # whose frames show different places, so that they are not to be seen together
 HELD_OUT = 10  # every tenth place, from the first on, is for validation
 MIN_OVERLAP = 0.1
 ATTEMPTS = 20  # at a scene, before a dataset is given up as unusable
@@ -62,9 +64,11 @@ def open_corpus(
         frames: that a sequence must have, at least.
 
     Raises:
-        ValueError: as :func:`~moe3d.data.open_dataset`; no size for a dataset without a default one; no sequence
-            with so many frames.
+        ValueError: as :func:`~moe3d.data.open_dataset`; no size for a dataset without a default one; several frames of
+            a dataset whose frames show different places; no sequence with so many frames, or none for validation.
     """
+    if frames > 1 and name in PHOTOGRAPHS:
+        raise ValueError(f"frames must be 1 for the dataset '{name}', whose frames show different places, got {frames}")
     splits = SPLITS.get(name, (None, None))
     dataset = open_dataset(name, root, splits[validation])
     size = size or DEFAULT_SIZES.get(name)
@@ -75,6 +79,8 @@ def open_corpus(
     sequences = list(dataset.sequences)
     if splits[0] == splits[1]:
         sequences = _places(sequences, validation)
+    if validation and not sequences:
+        raise ValueError(f"the dataset '{name}' has one place, so nothing to validate on: ask for 0 validation scenes")
     long_enough = tuple(sequence for sequence in sequences if len(dataset.sequences[sequence]) >= frames)
     if not long_enough:
         use = "validation" if validation else "training"
@@ -85,12 +91,17 @@ def open_corpus(
 def _places(sequences: Sequence[str], validation: bool) -> list[str]:
     """The sequences of the places that are held out for validation, or of the others.
 
-    A name begins with its place, up to the first underscore: Scene01_fog_Camera_0 shows what Scene01_rain_Camera_1
-    does. A single place is for training.
+    A single place is for training.
     """
-    places = sorted({sequence.split("_")[0] for sequence in sequences})
+    places = sorted({_place(sequence) for sequence in sequences})
     held_out = set(places[::HELD_OUT]) if len(places) > 1 else set()
-    return [sequence for sequence in sequences if (sequence.split("_")[0] in held_out) == validation]
+    return [sequence for sequence in sequences if (_place(sequence) in held_out) == validation]
+
+
+def _place(sequence: str) -> str:
+    """What a name begins with, up to the first underscore: Scene01_fog_Camera_0 shows what Scene01_rain_Camera_1 does.
+    KITTI's drives begin with their date, and are a place each."""
+    return sequence if re.match(r"\d{4}_\d\d_\d\d_drive_", sequence) else sequence.split("_")[0]
 
 
 class LiveScenes(Dataset):
@@ -132,7 +143,8 @@ def as_scene(sample: Sample) -> Batch:
     """A sample in VGGT's normalised unit and world; without poses every camera is taken for the first.
 
     Returns:
-        images [S, 3, H, W] in [0, 1], depth and valid [S, H, W], pose_enc [S, 9], the unit in metres [], the names.
+        images [S, 3, H, W] in [0, 1], depth and valid [S, H, W], pose_enc [S, 9], whether that is known [] (of a single
+        frame it always is), the unit in metres [], the names.
     """
     extrinsics = sample.extrinsics
     if extrinsics is None:
@@ -147,6 +159,7 @@ def as_scene(sample: Sample) -> Batch:
         "depth": depth[0],
         "valid": sample.valid,
         "pose_enc": encode_pose(extrinsics[0], sample.intrinsics, size),
+        "posed": torch.tensor(sample.extrinsics is not None or len(sample.depth) == 1),
         "unit": unit,
         "names": sample.names,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,7 +27,7 @@ from moe3d.losses import CONSTANT_ONE, Schedule
 from moe3d.nn import MoEHead
 from moe3d.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from moe3d.training.logbook import Logbook
-from moe3d.training.networks import Supervised
+from moe3d.training.networks import Supervised, transformer_blocks
 from moe3d.training.scenes import Batch, Share, batches, collate, to_device
 from moe3d.training.validate import Validation
 
@@ -49,7 +49,7 @@ class TrainOptions:
     warm_up: float = 0.05
     """The part of the steps over which the learning rate rises; it then falls to zero along half a cosine."""
     clip: float = 1.0
-    """Of the gradient's norm."""
+    """Of the gradient's norm; 0 for none."""
     ema: float = 0.0
     """Decay per step of an average of the weights, which is what is validated and kept; 0 for none."""
     temperature: Schedule = CONSTANT_ONE
@@ -77,6 +77,10 @@ class Trainer:
         validation: metrics on held-out scenes, now and then.
         resume: go on from the folder's checkpoint.
         identity: what else makes the run this one (data, model, recipe): a checkpoint must have the same.
+        decode: sets the mode, the temperature and the like in which the trained head will predict; validation is of
+            that. None for as it is trained.
+        shard: spread parameters, gradients and the optimizer's state over the processes (FSDP2), transformer block by
+            transformer block. On CPUs every process holds them all.
 
     Raises:
         ValueError: the folder has a checkpoint and ``resume`` is off, or the checkpoint is one of another run.
@@ -92,11 +96,13 @@ class Trainer:
         validation: Validation | None = None,
         resume: bool = False,
         identity: Mapping[str, Any] | None = None,
+        decode: Callable[[MoEHead], None] | None = None,
+        shard: bool = False,
     ) -> None:
         self._identity = _plain(dict(identity or {}) | {key: getattr(options, key) for key in _DECISIVE})
-        self.accelerator = Accelerator(cpu=on_cpu())
+        self.accelerator = Accelerator(cpu=on_cpu(), fsdp_plugin=_sharding(supervised) if shard else None)
         self.scenes, self.options, self.folder, self.validation = scenes, options, folder, validation
-        self.supervised = supervised
+        self.supervised, self.decode = supervised, decode
         self.step = 0
         learning = [p for p in supervised.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learning, lr=options.learning_rate, weight_decay=options.weight_decay)
@@ -154,7 +160,7 @@ class Trainer:
             self.logbook.numbers("train", losses, self.step)
             bar.set_postfix(loss=f"{losses['total']:.4g}")
         if self.validation is not None and (self.step % options.validate_every == 0 or last):
-            with self._averaged_weights():
+            with self._averaged_weights(), self._trained_decode():
                 report = self.validation.run(self.distributed, self.accelerator.device)
             self.metrics = report.metrics
             self.logbook.numbers("validation", report.metrics, self.step)
@@ -176,7 +182,8 @@ class Trainer:
                 self._require_finite("loss", losses["total"], shares)
                 self.accelerator.backward(losses["total"].mean() / len(shares))
             seen.append(losses)
-        norm = _whole(self.accelerator.clip_grad_norm_(self.distributed.parameters(), self.options.clip))
+        limit = self.options.clip or math.inf
+        norm = _whole(self.accelerator.clip_grad_norm_(self.distributed.parameters(), limit))
         self._require_finite("gradient", norm, shares)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -222,7 +229,8 @@ class Trainer:
         return numbers
 
     def _learning(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.distributed.named_parameters() if p.requires_grad}
+        # By their names in ``supervised``: what distributes it may put a prefix before them.
+        return {name: p for name, p in self.supervised.named_parameters() if p.requires_grad}
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
@@ -232,6 +240,18 @@ class Trainer:
             return
         with self.ema.in_place_of(self._learning()):
             yield
+
+    @contextmanager
+    def _trained_decode(self) -> Iterator[None]:
+        """The head as it will predict once it is trained."""
+        before = {name: getattr(self.tail, name) for name in ("mode", "temperature", "sharpen", "gap")}
+        if self.decode is not None:
+            self.decode(self.tail)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self.tail, name, value)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """What learned, by its name in ``supervised``, on the CPU; in full on the first process, whoever holds it."""
@@ -263,8 +283,8 @@ class Trainer:
 
     def _resume(self) -> None:
         state = load_checkpoint(self._checkpoint)
-        for key, here in self._identity.items():
-            there = state["identity"].get(key)
+        for key in self._identity | state["identity"]:
+            there, here = state["identity"].get(key), self._identity.get(key)
             if there != here:
                 raise ValueError(f"{self._checkpoint} is of a run with {key} = {there!r}, and this one has {here!r}")
         set_state_dict(
@@ -339,6 +359,17 @@ class Ema:
         """What :meth:`state` gave."""
         for name, value in self.average.items():
             value.copy_(_like(state[name], value))
+
+
+def _sharding(module: nn.Module) -> FullyShardedDataParallelPlugin:
+    """Every block of the backbone is gathered for itself; heads, which compute with each other's weights, with all
+    that is left."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted(transformer_blocks(module)),
+        cpu_ram_efficient_loading=False,
+    )
 
 
 def on_cpu() -> bool:

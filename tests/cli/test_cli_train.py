@@ -143,6 +143,7 @@ def test_the_papers_datasets_are_trained_on_together_each_at_its_own_size(weight
         (["--temperature", "0"], "argument --temperature: expected values above 0, got '0'"),
         (["--entropy-weight", "1:2"], "a schedule is VALUE or START:END:KIND[:PART]"),
         (["--loss", "nll-laplace", "--num-experts", "1"], "loss 'nll-laplace' needs at least 2 experts, got 1"),
+        (["--image-gate", "plain", "--num-experts", "1"], "--image-gate plain needs at least 2 experts, got --num-exp"),
     ],
 )
 def test_wrong_usage_is_one_sentence(capsys, options, message):
@@ -161,6 +162,15 @@ def test_what_cannot_be_trained_is_told_in_one_sentence(capsys, tmp_path, weight
         (
             [*command, str(uninterrupted), "--resume", "--steps", "16", "--batch", "2", "--recipe", "best"],
             "is of a run with",
+        ),
+        (
+            [
+                *command,
+                str(uninterrupted),
+                *f"--size 56x84 --frames 1-2 --steps {STEPS} --batch 2 --gate-hidden 8".split(),
+                *"--lr 1e-3 --workers 0 --ema 0.9 --resume --validation-scenes 0".split(),
+            ],
+            "is of a run with cache_scenes = 3, and this one has None",
         ),
         ([*command, str(tmp_path), "--cache-features", "c", "--train", "all"], "train the head, not 'all'"),
         (

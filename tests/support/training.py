@@ -10,16 +10,15 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from moe3d.integrations import patch_vggt
 from moe3d.models import load_mini
 from moe3d.training.features import CachedScenes, FeatureNetwork
 from moe3d.training.heads import mixture_head
-from moe3d.training.networks import Supervised
+from moe3d.training.networks import ImageNetwork, Supervised, set_trainable
 from moe3d.training.recipes import Recipe
 from moe3d.training.trainer import Trainer, TrainOptions
 
@@ -33,6 +32,14 @@ def trainer(
     return Trainer(supervised, CachedScenes(cache, options.seed), options, folder, **more)
 
 
+def model_trainer(weights: Path, cache: Path, options: TrainOptions, recipe: Recipe, shard: bool = False) -> Trainer:
+    """Of a whole model, on the images of the cached scenes."""
+    model = patch_vggt(load_mini(path=weights), **recipe.patch_options(0))
+    set_trainable(model, "all", cameras=True)
+    supervised = Supervised(ImageNetwork(model), recipe.objective(train_cameras=True))
+    return Trainer(supervised, CachedScenes(cache, options.seed), options, shard=shard)
+
+
 def process(rank: int, world: int, folder: str, arguments: tuple) -> None:
     """One of several that train together; leaves its first gradients and its last weights in ``folder``."""
     torch.set_num_threads(1)
@@ -40,7 +47,7 @@ def process(rank: int, world: int, folder: str, arguments: tuple) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
-        run = trainer(*arguments)
+        run = trainer(*arguments, Path(folder) / "whole")
         gradients = first_gradients(run)
         run.train()
         torch.save({"gradients": gradients, "weights": run.whole_weights()}, f"{folder}/{rank}.pt")
@@ -53,18 +60,23 @@ def _sharded(folder: Path, arguments: tuple, rank: int) -> None:
     """The same with FSDP, once in full and once resumed after a step."""
     weights, cache, options, recipe = arguments
     with fully_sharded():
-        run = trainer(weights, cache, options, recipe, folder / "sharded")
+        run = trainer(weights, cache, options, recipe, folder / "sharded", shard=True)
         assert all(isinstance(p, DTensor) for p in run.supervised.parameters())
         run.train()
         whole = run.whole_weights()
         del run
-        stop_after(trainer(weights, cache, options, recipe, folder / "stopped"), 1)
-        resumed = trainer(weights, cache, options, recipe, folder / "stopped", resume=True)
+        stop_after(trainer(weights, cache, options, recipe, folder / "stopped", shard=True), 1)
+        resumed = trainer(weights, cache, options, recipe, folder / "stopped", resume=True, shard=True)
         assert resumed.step == 1
         resumed.train()
         again = resumed.whole_weights()
+        model = model_trainer(weights, cache, options, recipe, shard=True)
+        aggregator = model.supervised.network.model.aggregator
+        assert all(isinstance(block, FSDPModule) for block in (*aggregator.frame_blocks, *aggregator.global_blocks))
+        model.train()
+        models = model.whole_weights()
     if rank == 0:
-        torch.save({"weights": whole, "resumed": again}, folder / "sharded.pt")
+        torch.save({"weights": whole, "resumed": again, "model": models}, folder / "sharded.pt")
 
 
 class Stopped(Exception):
@@ -87,15 +99,17 @@ def stop_after(run: Trainer, steps: int) -> None:
 
 @contextmanager
 def fully_sharded() -> Iterator[None]:
-    """Accelerate knows FSDP on accelerators only: what it does there, on the CPU."""
+    """Accelerate uses FSDP on accelerators only: its own code for it, on the CPU."""
+    begin = Accelerator.__init__
 
-    def prepare(self, model, optimizer):
-        fully_shard(model, mesh=init_device_mesh("cpu", (self.num_processes,)))
-        group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-        learning = [p for p in model.parameters() if p.requires_grad]
-        return model, AcceleratedOptimizer(torch.optim.AdamW([{"params": learning, **group}]), scaler=None)
+    def remember(self, *arguments, fsdp_plugin, **more):
+        begin(self, *arguments, **more)
+        self.state.fsdp_plugin = fsdp_plugin
 
-    with patch.object(Accelerator, "prepare", prepare):
+    def prepare(self, *arguments):
+        return self._prepare_fsdp2(*arguments)
+
+    with patch.object(Accelerator, "__init__", remember), patch.object(Accelerator, "prepare", prepare):
         yield
 
 

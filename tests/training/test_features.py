@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moe3d.integrations import patch_vggt, patched_heads
-from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, read_scene
+from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, front_features, read_scene
 from moe3d.training.scenes import LiveScenes, collate
 
 
@@ -31,7 +32,7 @@ def test_cached_scenes_are_the_live_ones(live, cache):
         cached, scene = read_scene(file), live[i, 0]
         assert cached["names"] == scene["names"]
         assert (cached["images"] - scene["images"]).abs().max() <= 0.5 / 255 + 1e-6
-        assert all(torch.equal(cached[key], scene[key]) for key in ("depth", "valid", "pose_enc", "unit"))
+        assert all(torch.equal(cached[key], scene[key]) for key in ("depth", "valid", "pose_enc", "posed", "unit"))
 
 
 def test_a_step_draws_scenes_of_one_shape_by_seed_step_and_place(cache):
@@ -63,6 +64,23 @@ def test_a_cache_of_another_model_or_of_other_scenes_is_refused(tiny_model, live
         cache_scenes(other, live, 4, cache)
     with pytest.raises(ValueError, match="caches the features of other seed"):
         cache_scenes(tiny_model, LiveScenes(live.corpora, live.frames, seed=2), 4, cache)
+    with pytest.raises(ValueError, match="caches the features of other precision"):
+        cache_scenes(tiny_model, live, 4, cache, bf16=True)
+    fewer = replace(live.corpora[0], sequences=("scene-000001", *live.corpora[0].sequences[2:]))
+    with pytest.raises(ValueError, match="caches the features of other datasets"):
+        cache_scenes(tiny_model, LiveScenes([fewer], live.frames, live.seed), 4, cache)
+
+
+@torch.no_grad()
+def test_features_in_bfloat16_are_those_of_a_backbone_in_bfloat16(tiny_model, live, cache, tmp_path):
+    cache_scenes(tiny_model, live, 1, tmp_path, bf16=True)
+    images = live[0, 0]["images"][None]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = front_features(tiny_model, images)
+    name = "scene-000000.safetensors"
+    ours, exact = (read_scene(folder / name)["fused"] for folder in (tmp_path, cache))
+    torch.testing.assert_close(ours, expected.half().float(), rtol=0, atol=0)
+    assert not torch.equal(ours, exact)
 
 
 def test_what_comes_after_the_features_does_not_matter_to_the_cache(tiny_model, live, cache):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 
 from moe3d.data import AllFramesSkipped
+from moe3d.data.synthetic import render_scene
 from moe3d.geometry import decode_pose, unproject
+from moe3d.losses import CameraLoss
 from moe3d.training import scenes as module
-from moe3d.training.scenes import LiveScenes, Share, batches, collate, open_corpus
+from moe3d.training.scenes import LiveScenes, Share, as_scene, batches, collate, open_corpus
 
 
 def test_a_scene_is_the_same_whenever_and_by_whomever_it_is_asked_for(live):
@@ -69,6 +72,33 @@ def test_validation_never_sees_a_place_of_training(monkeypatch):
         open_corpus("x", "root", (14, 14), 30)
     with pytest.raises(ValueError, match="size must be given for the dataset 'x'"):
         open_corpus("x", "root", None, 1)
+
+
+def test_kittis_drives_of_a_day_are_places_of_their_own(monkeypatch):
+    drives = {f"2011_09_26_drive_{i:04d}_sync": ["0", "1"] for i in range(3)}
+    monkeypatch.setattr(Numbers, "sequences", drives)
+    monkeypatch.setattr(module, "open_dataset", lambda name, root, split: Numbers())
+    train, val = (open_corpus("kitti", "root", (14, 14), 2, v).sequences for v in (False, True))
+    assert val == tuple(drives)[:1] and train == tuple(drives)[1:]
+
+
+def test_a_single_place_is_for_training_and_photographs_are_seen_one_by_one(monkeypatch):
+    monkeypatch.setattr(Numbers, "sequences", {"nyuv2": ["1", "2", "3"]})
+    monkeypatch.setattr(module, "open_dataset", lambda name, root, split: Numbers())
+    assert open_corpus("nyuv2", "root", (14, 14), 1).sequences == ("nyuv2",)
+    with pytest.raises(ValueError, match="has one place, so nothing to validate on: ask for 0 validation scenes"):
+        open_corpus("nyuv2", "root", (14, 14), 1, validation=True)
+    with pytest.raises(ValueError, match="frames must be 1 for the dataset 'nyuv2', .* got 2"):
+        open_corpus("nyuv2", "root", (14, 14), 2)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_cameras_are_taught_where_their_poses_are_known(frames):
+    sample = render_scene(5, (28, 42), frames)
+    known, unknown = (as_scene(replace(sample, extrinsics=e)) for e in (sample.extrinsics, None))
+    predictions = {"pose_enc_list": [torch.zeros(1, frames, 9)]}
+    losses = [CameraLoss()(predictions, collate([scene])).item() for scene in (known, unknown)]
+    assert losses[0] > 0 and losses[1] == (losses[0] if frames == 1 else 0)
 
 
 @pytest.mark.parametrize(("name", "split"), [("hypersim", "train"), ("7scenes", "train"), ("vkitti2", "train")])

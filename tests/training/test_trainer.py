@@ -15,7 +15,7 @@ from moe3d.training.features import CachedScenes, read_batches
 from moe3d.training.recipes import BEST, PAPER, RECIPES
 from moe3d.training.trainer import CHECKPOINT, DivergedError, Trainer, TrainOptions, warm_up_cosine
 from moe3d.training.validate import Validation
-from support.training import first_gradients, process, stop_after, trainer
+from support.training import first_gradients, model_trainer, process, stop_after, trainer
 
 OPTIONS = TrainOptions(steps=6, learning_rate=3e-3, save_every=1, log_every=1, validate_every=3)
 RECIPE = replace(PAPER, gate_hidden=8, camera_weight=0)
@@ -143,6 +143,17 @@ def test_two_processes_with_whole_or_sharded_weights_are_one_with_the_doubled_ba
             difference = (several["weights"][name] - value).abs()
             assert difference.max() < 0.1 * moved and difference.mean() < 1e-3 * moved, name
 
+    # What two processes averaged, one can go on with.
+    alone = trainer(*arguments, tmp_path / "whole", resume=True)
+    assert_equal(alone.ema.average, ranks[0]["weights"])
+
+    model = model_trainer(tiny_weights, cache, replace(options, batch=2), RECIPE)
+    model.train()
+    learned = {name: p for name, p in weights(model).items() if name in sharded["model"]}
+    assert learned.keys() == sharded["model"].keys()
+    for name, value in learned.items():
+        torch.testing.assert_close(sharded["model"][name], value, rtol=0, atol=1e-3, msg=name)
+
 
 def test_the_average_is_what_is_kept(tiny_weights, cache):
     run = trainer(tiny_weights, cache, replace(OPTIONS, steps=4, ema=0.5), RECIPE)
@@ -177,9 +188,13 @@ def test_numbers_and_pictures_are_logged_and_validation_changes_nothing(tiny_wei
     quiet = trainer(tiny_weights, cache, OPTIONS, RECIPE)
     quiet.train()
     validation = Validation(read_batches(CachedScenes(cache, 0))[:2])
-    run = trainer(tiny_weights, cache, OPTIONS, RECIPE, tmp_path, validation=validation)
+    decode = replace(RECIPE, mode="argmax", sharpen=1).set_decode
+    run = trainer(tiny_weights, cache, OPTIONS, RECIPE, tmp_path, validation=validation, decode=decode)
     run.train()
     assert_equal(weights(quiet), weights(run))
+    assert (run.tail.mode, run.tail.sharpen, run.tail.temperature) == ("mean", 0, quiet.tail.temperature)
+    decode(run.tail)
+    assert run.metrics == validation.run(run.supervised).metrics
 
     log = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     scalars, images = log.Tags()["scalars"], log.Tags()["images"]
