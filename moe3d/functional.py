@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -146,7 +146,7 @@ def check_number(argument: str, value: float, above_zero: bool = False) -> float
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument} must be {kind}, got {value!r}")
     # Comparisons, which are false for NaN: torch.compile cannot trace math.isfinite of a float that varies.
-    if not (0 < value if above_zero else 0 <= value) or not value < math.inf:
+    if not (0 < value if above_zero else 0 <= value) or not value <= sys.float_info.max:
         raise ValueError(f"{argument} must be {kind}, got {value!r}")
     return float(value)
 

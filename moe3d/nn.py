@@ -271,7 +271,14 @@ class MoEHead(nn.Module):
             for key in [k for k in state_dict if k.startswith(f"{prefix}{name}.")]:
                 del state_dict[key]
         if len(errors) + len(missing) == found:
+            if local_metadata.get("assign_to_params_buffers"):
+                self._become_like_source()
             self._copy_source()
+
+    def _become_like_source(self) -> None:
+        """Parameters without values, of the source's device and type: what is assigned keeps the checkpoint's."""
+        source = next(self._source[0].parameters())
+        super()._apply(lambda t: torch.empty_like(t, dtype=source.dtype, device=source.device))
 
 
 class ImageGate(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe3d.functional import moe_head
+from moe3d.integrations.dpt import refuse_tail
 from moe3d.nn import MoEHead, check_conv_block
 from moe3d.ops.types import MoEOutput
 from moe3d.position import position_tables
@@ -149,6 +150,10 @@ class PatchedDA3Head(nn.Module):
     @property
     def tail(self) -> MoEHead:
         return self.scratch.output_conv2
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_tail(name)
+        super().__setattr__(name, value)
 
     def forward(
         self, feats: Sequence[Any], H: int, W: int, patch_start_idx: int, chunk_size: int | None = 8

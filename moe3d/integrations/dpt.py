@@ -30,6 +30,9 @@ _SCRATCH = (
 )  # fmt: skip
 
 
+_COMPILED = 0  # in place of a thread's id
+
+
 class PatchedDPTHead(nn.Module):
     """A VGGT depth or point head with a mixture-of-experts tail; made by :func:`patch_head`, never constructed.
 
@@ -58,6 +61,10 @@ class PatchedDPTHead(nn.Module):
     def tail(self) -> MoEHead:
         return self.scratch.output_conv2
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_tail(name)
+        super().__setattr__(name, value)
+
     def forward(
         self,
         aggregated_tokens_list: Sequence[Tensor],
@@ -74,13 +81,19 @@ class PatchedDPTHead(nn.Module):
             raise ValueError(f"frames_chunk_size must be None or an integer of at least 1, got {frames_chunk_size!r}")
         parts = [slice(None)]
         if frames_chunk_size is not None and not torch.compiler.is_exporting():
-            parts = [slice(i, i + frames_chunk_size) for i in range(0, images.shape[1], frames_chunk_size)]
+            parts = [slice(i, i + frames_chunk_size) for i in range(0, images.shape[1], frames_chunk_size)] or parts
         chunks = [self._forward_frames(aggregated_tokens_list, images, patch_start_idx, part) for part in parts]
         joined: list[Any] = [None if outputs[0] is None else _join(outputs) for outputs in zip(*chunks, strict=True)]
         output = MoEOutput(*joined)
-        if _caller() in self.extras:
-            self.extras[_caller()] = _extras(output)
+        if self.extras:
+            self._keep_extras(output)
         return output.prediction.movedim(2, -1), output.confidence
+
+    def _keep_extras(self, output: MoEOutput) -> None:
+        if torch.compiler.is_compiling() and _COMPILED not in self.extras:  # the model around the graph is not in it
+            _keep_extras_eagerly(self, output)
+        elif _caller() in self.extras:
+            self.extras[_caller()] = _extras(output)
 
     def expect_extras(self) -> None:
         """Keep what the caller's next forward gives beyond the pair."""
@@ -95,7 +108,7 @@ class PatchedDPTHead(nn.Module):
     ) -> MoEOutput:
         """One chunk of frames through the front and the tail; outputs with [B, S] in front."""
         images = images[:, frames]
-        batch, _, _, height, width = images.shape
+        batch, count, _, height, width = images.shape
         grid = (height // self.patch_size, width // self.patch_size)
         dtype = self.projects[0].weight.dtype  # some backbones give tokens of another one
         layers = [tokens[layer][:, frames, patch_start_idx:] for layer in self.intermediate_layer_idx]
@@ -107,7 +120,7 @@ class PatchedDPTHead(nn.Module):
             fused = self._front(patches)(self, patches, grid, width / height)
             pos = position_tables(size, fused.shape[1], width / height, fused) if self.pos_embed else None
             output = self.tail(fused, size, pos=pos, image=image)
-        unflattened: list[Any] = [None if o is None else o.unflatten(0, (batch, -1)) for o in output]
+        unflattened: list[Any] = [None if o is None else o.unflatten(0, (batch, count)) for o in output]
         return MoEOutput(*unflattened)
 
     def _arithmetic(self, device_type: str) -> AbstractContextManager:
@@ -125,7 +138,20 @@ class PatchedDPTHead(nn.Module):
 
 def _caller() -> int:
     """Threads that share a model must not take each other's extras. (A compiled graph has one caller, and no ids.)"""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()
+
+
+@torch.compiler.disable
+def _keep_extras_eagerly(head: PatchedDPTHead, output: MoEOutput) -> None:
+    """Out of a graph of the head or of the model's forward alone, for a caller outside."""
+    if _caller() in head.extras:
+        head.extras[_caller()] = _extras(output)
+
+
+def refuse_tail(name: str) -> None:
+    """AttributeError for a patched head's ``tail``: nn.Module would register a module of that name beside it."""
+    if name == "tail":
+        raise AttributeError("tail cannot be replaced: change its parameters, or unpatch the model and patch it anew")
 
 
 def _join(parts: tuple[Tensor, ...]) -> Tensor:

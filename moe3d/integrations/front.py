@@ -68,14 +68,19 @@ def can_reorder(head: Any) -> bool:
         and all({name for name, _ in block.named_children()} <= _BLOCK_CHILDREN for block in blocks)
         and all(getattr(block, "align_corners", True) and getattr(block, "size", None) is None for block in blocks)
         and [hasattr(block, "resConfUnit1") for block in blocks] == [True, True, True, False]
-        and not any(is_watched(module) for module in (*pointwise, *blocks))
+        and not is_watched(*pointwise, *blocks)
     )
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody waits for this module's own call."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether somebody waits for one of these modules' own calls, by a hook or by a ``forward`` of its own (as layers
+    that Accelerate moves, or that are wrapped in place, have it)."""
+    everywhere = nn.modules.module
+    if any(getattr(everywhere, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward")):
+        return True
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__
+        for m in modules
     )
 
 

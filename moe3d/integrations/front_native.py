@@ -22,6 +22,9 @@ from moe3d.ops.native import isa, state_of
 from moe3d.ops.native_layers import CHANNEL_STEP, Cells, Upsampled, Winograd
 from moe3d.position import position_tables
 
+# Of modules: what a front depends on beside their weights.
+_SETTINGS = ("inplace", "stride", "padding", "padding_mode", "output_padding", "dilation", "groups")
+
 # By head: the state of its weights and its front, or None where it cannot have one. Beside the head, not in it: what is
 # kept must be neither copied nor pickled with it.
 _kept: WeakKeyDictionary[nn.Module, tuple[tuple, NativeFront | None]] = WeakKeyDictionary()
@@ -39,7 +42,9 @@ def native_front(head: Any, tokens: Sequence[Tensor]) -> NativeFront | None:
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return None
-    if any(is_watched(module) for module in modules) or not all(p.is_contiguous() for p in parameters):
+    if is_watched(*modules) or any(_holds_plain_tensors(module) for module in modules):
+        return None
+    if not all(p.is_contiguous() for p in parameters):
         return None
     state = _state(modules, parameters)
     kept = _kept.get(head)
@@ -111,16 +116,17 @@ class _Block:
 
 
 class _Unit:
-    """A residual unit. VGGT's ReLU works in place, so that what the skip connection adds is relu(x), not x."""
+    """A residual unit. VGGT's ReLU works in place, so that what the skip connection adds is relu(x), not x; ours adds
+    that whatever its ReLU does."""
 
     def __init__(self, unit: Any):
         self._first, self._second = (Winograd(conv.weight, conv.bias) for conv in (unit.conv1, unit.conv2))
-        self._in_place = unit.activation.inplace
+        self._adds_relu = getattr(unit, "adds_relu", unit.activation.inplace)
 
     def __call__(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Overwrites x."""
         hidden = self._first(x, relu_input=True)
-        return self._second(hidden, relu_input=True, residual=x, relu_residual=self._in_place, added=added, out=x)
+        return self._second(hidden, relu_input=True, residual=x, relu_residual=self._adds_relu, added=added, out=x)
 
 
 def has_native_front(head: Any) -> bool:
@@ -149,9 +155,15 @@ def _front_modules(head: Any) -> Iterator[nn.Module]:
             yield from child.modules()
 
 
+def _holds_plain_tensors(module: nn.Module) -> bool:
+    """Whether a weight is no parameter (as hypernetworks have it), so that nothing tells when it is another one."""
+    return not vars(module).keys().isdisjoint(("weight", "bias"))
+
+
 def _state(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> tuple:
-    """Equal to an earlier one only if the weights are what they were."""
-    return tuple(map(type, modules)), state_of(parameters), isa()
+    """Equal to an earlier one only if the modules and their weights are what they were."""
+    settings = tuple((type(m), *(vars(m).get(name) for name in _SETTINGS)) for m in modules)
+    return settings, state_of(parameters), isa()
 
 
 def _level(resize: Any, conv: nn.Conv2d) -> list[Callable[[Tensor], Tensor]]:

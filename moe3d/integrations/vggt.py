@@ -67,7 +67,7 @@ def patch_vggt(
     for name in names:
         if not hasattr(model, name):
             raise ValueError(f"model must have a {name} like VGGT's, got {type(model).__name__} without one")
-        head = getattr(model, name)
+        head = _unwrapped(getattr(model, name))
         if isinstance(head, PatchedDPTHead):
             raise ValueError(f"model.{name} is already patched: call unpatch_vggt(model) first")
         check_head(name, head)
@@ -78,7 +78,7 @@ def patch_vggt(
             )
     tails = {
         name: _tail(
-            getattr(model, name),
+            _unwrapped(getattr(model, name)),
             num_experts=num_experts,
             gate_hidden=gate_hidden,
             init_noise=init_noise,
@@ -96,7 +96,7 @@ def patch_vggt(
         for name in names
     }
     for name, tail in tails.items():
-        patch_head(getattr(model, name), tail, optimize_head, head_dtype)
+        patch_head(_unwrapped(getattr(model, name)), tail, optimize_head, head_dtype)
     _install_hooks(model)
     return model
 
@@ -111,8 +111,16 @@ def unpatch_vggt(model: nn.Module) -> nn.Module:
 
 def patched_heads(model: nn.Module) -> dict[str, PatchedDPTHead]:
     """The patched heads by name ("depth", "point")."""
-    found = {name: getattr(model, f"{name}_head", None) for name in HEADS}
+    found = {name: _unwrapped(getattr(model, f"{name}_head", None)) for name in HEADS}
     return {name: head for name, head in found.items() if isinstance(head, PatchedDPTHead)}
+
+
+def _unwrapped(module: Any) -> Any:
+    """What a compiled, checkpointed or sharded module wraps."""
+    for name in ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"):
+        if name in getattr(module, "_modules", {}):
+            return _unwrapped(module._modules[name])
+    return module
 
 
 def _tail(head: Any, **options: Any) -> MoEHead:

@@ -24,6 +24,8 @@ _MAX_INTERPOLATED_ELEMENTS = 1_610_612_736
 class ResidualConvUnit(nn.Module):
     """relu(x) + conv2(relu(conv1(relu(x)))), [N, C, H, W] to the same shape; overwrites its input."""
 
+    adds_relu = True  # whatever its activation does in place; read by moe3d.integrations.front_native
+
     def __init__(self, features: int, activation: nn.Module) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(features, features, kernel_size=3, padding=1)
@@ -31,7 +33,7 @@ class ResidualConvUnit(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        # VGGT's activation works in place, so what its skip connection adds back is relu(x), not x.
+        # VGGT's activation works in place, so that what its skip connection adds back is relu(x), not x.
         x = self.activation(x)
         return self.conv2(self.activation(self.conv1(x))) + x
 

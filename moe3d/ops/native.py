@@ -7,6 +7,7 @@ built for another version, not loadable here) is a reason told when the backend 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -128,7 +129,7 @@ def empty_outputs(t: HeadTensors, options: HeadOptions) -> MoEOutput:
     def new(*shape, present=True):
         if not present:
             return None
-        return torch.empty(*shape, options.height, options.width, device=t.x.device)
+        return torch.empty(*shape, options.height, options.width, dtype=torch.float32, device=t.x.device)
 
     return MoEOutput(
         prediction=new(batch, channels),
@@ -173,10 +174,10 @@ def state_of(tensors: Sequence[Tensor]) -> tuple:
     """Equal to an earlier one only if these contiguous float32 tensors are what they were.
 
     Version counters miss what is written through ``.data`` (as averages of weights are swapped in); hence a few values
-    of each tensor, too.
+    of each tensor, too. Tensors made in inference mode have no version, so all of their values are read.
     """
     places = tuple((t.data_ptr(), t.shape) for t in tensors)
-    versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+    versions = tuple(zlib.crc32(t.numpy().data) if t.is_inference() else t._version for t in tensors)
     return places, versions, fingerprint(tensors)
 
 

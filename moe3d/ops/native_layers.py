@@ -42,9 +42,9 @@ class Winograd:
     def __init__(self, weight: Tensor, bias: Tensor | None):
         rows = [[1.0, p, p * p] for p in _WINOGRAD_POINTS]
         for i, p in enumerate(_WINOGRAD_POINTS):
-            others = torch.tensor([p - q for q in _WINOGRAD_POINTS if q != p], dtype=torch.float64)
+            others = torch.tensor([p - q for q in _WINOGRAD_POINTS if q != p], dtype=torch.float64, device="cpu")
             rows[i] = [value / others.prod().item() for value in rows[i]]
-        g = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+        g = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
         transformed = torch.einsum("ai,ncij,bj->abcn", g, weight.detach().double(), g)
         self._weights = _panels(transformed.flatten(0, 1))
         self._bias = None if bias is None else bias.detach().clone()
@@ -185,5 +185,5 @@ def _edge_bias(weight: Tensor, bias: Tensor) -> Tensor:
     """What a constant ``bias`` [M] before a zero-padded 3x3 convolution gives at each kind of row and column."""
     sums = torch.einsum("nmij,m->ijn", weight, bias.detach().double())
     kinds = [[(a > 0 or not kind & 1) and (a < 2 or not kind & 2) for a in range(3)] for kind in range(_EDGE_KINDS)]
-    inside = torch.tensor(kinds, dtype=torch.float64)
+    inside = torch.tensor(kinds, dtype=torch.float64, device="cpu")
     return torch.einsum("ri,sj,ijn->rsn", inside, inside, sums)

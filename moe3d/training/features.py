@@ -146,11 +146,8 @@ def read_scene(file: Path) -> Batch:
         scene: Batch = {key: opened.get_tensor(key) for key in opened.keys()}
         scene["names"] = json.loads(opened.metadata()["names"])
     scene["images"] = scene["images"].float() / 255
-    scene["fused"], scene["valid"], scene["posed"] = (
-        scene["fused"].float(),
-        scene["valid"].bool(),
-        scene["posed"].bool(),
-    )
+    scene["fused"] = scene["fused"].float()
+    scene["valid"], scene["posed"] = scene["valid"].bool(), scene["posed"].bool()
     return scene
 
 

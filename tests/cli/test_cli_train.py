@@ -21,6 +21,7 @@ from moe3d.training.trainer import Trainer
 from support.datasets import CASES
 
 STEPS = 16
+OPTIONS = f"--size 56x84 --frames 1-2 --steps {STEPS} --batch 2 --gate-hidden 8 --lr 1e-3 --workers 0 --ema 0.9"
 REQUIRED = ["train", "--dataset", "synthetic", "--model", "mini", "--out", "out"]
 
 
@@ -36,9 +37,8 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(weights, tmp_path_factory):
     """All but --out, on cached features of three scenes; the first run fills the cache."""
-    options = f"--size 56x84 --frames 1-2 --steps {STEPS} --batch 2 --gate-hidden 8 --lr 1e-3 --workers 0 --ema 0.9"
     return [
-        "train", "--dataset", "synthetic", "--model", str(weights), *options.split(), "--save-every", "1",
+        "train", "--dataset", "synthetic", "--model", str(weights), *OPTIONS.split(), "--save-every", "1",
         "--cache-features", str(tmp_path_factory.mktemp("cache")), "--cache-scenes", "3", "--validation-scenes", "1",
     ]  # fmt: skip
 
@@ -167,8 +167,8 @@ def test_what_cannot_be_trained_is_told_in_one_sentence(capsys, tmp_path, weight
             [
                 *command,
                 str(uninterrupted),
-                *f"--size 56x84 --frames 1-2 --steps {STEPS} --batch 2 --gate-hidden 8".split(),
-                *"--lr 1e-3 --workers 0 --ema 0.9 --resume --validation-scenes 0".split(),
+                *OPTIONS.split(),
+                "--resume",
             ],
             "is of a run with cache_scenes = 3, and this one has None",
         ),

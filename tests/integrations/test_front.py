@@ -11,6 +11,9 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 import moe3d
 from moe3d.integrations import front, front_native
@@ -173,19 +176,18 @@ def test_tokens_are_left_as_they_were():
 
 
 @needs_native
-@pytest.mark.real_vggt
 @torch.no_grad()
-def test_units_that_keep_their_residual():
-    """VGGT's ReLU works in place and so changes what the skip connection adds; where it does not, neither do we."""
-    head, (tokens, _) = patched_head(stock_head("real")), inputs(1, 2)
+def test_units_that_keep_their_residual(kind):
+    """VGGT's ReLU works in place and so changes what the skip connection adds; where it does not, neither do we. Ours
+    adds relu(x) in any case."""
+    head, (tokens, _) = patched_head(stock_head(kind)), inputs(1, 2)
     in_place = features(native_front(head, patches(tokens)), head, tokens, (4, 6))
     for module in head.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False
-    front_native.forget(head)
     found = features(native_front(head, patches(tokens)), head, tokens, (4, 6))
     assert_as_right_as_plain(found, head, tokens, (4, 6))
-    assert (found - in_place).abs().max() > 0.01
+    assert torch.equal(found, in_place) if kind == "ours" else (found - in_place).abs().max() > 0.01
 
 
 # --- what is kept is never stale --------------------------------------------------------------------------------------
@@ -205,6 +207,10 @@ def replace(head):
 
 def assign_data(head):
     head.resize_layers[0].weight.data = head.resize_layers[0].weight.data * 2
+
+
+def pad_otherwise(head):
+    head.scratch.output_conv1.padding_mode = "replicate"
 
 
 def load(head):
@@ -228,6 +234,18 @@ def new_module(head):
     head.scratch.output_conv1.bias.data.zero_()
 
 
+def own_forward(head):
+    conv = head.projects[2]
+    stock = conv.forward
+    conv.forward = lambda x: 1.5 * stock(x)
+
+
+def plain_tensor(head):
+    weight = head.scratch.layer2_rn.weight.detach()
+    del head.scratch.layer2_rn.weight
+    head.scratch.layer2_rn.weight = 2 * weight
+
+
 @needs_native
 @torch.no_grad()
 @pytest.mark.parametrize(
@@ -246,6 +264,61 @@ def test_changed_weights_count_at_the_next_call(change, run_natively):
     assert len(run_natively) == 1 and not torch.allclose(found, before, rtol=1e-4)
     head.optimize_head = False
     torch.testing.assert_close(found, call(head, tokens, images), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [own_forward, plain_tensor, pad_otherwise], ids=lambda f: f.__name__)
+def test_what_the_compiled_layers_would_not_see_runs_as_it_is(change, run_natively):
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    before = call(head, tokens, images)
+    run_natively.clear()
+    change(head)
+    found = call(head, tokens, images)
+    assert not run_natively and not torch.allclose(found, before, rtol=1e-4)
+    head.optimize_head = False
+    torch.testing.assert_close(found, call(head, tokens, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_projection_with_a_forward_of_its_own_is_called(grad):
+    """As Accelerate's offloading and layers that are wrapped in place have it."""
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    own_forward(head)
+    with torch.set_grad_enabled(grad):
+        found = call(head, tokens, images)
+        head.optimize_head = False
+        torch.testing.assert_close(found, call(head, tokens, images), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@torch.no_grad()
+def test_weights_made_in_inference_mode_count_when_they_change(run_natively):
+    """They have no version counter: every value is looked at, of the front and of the tail."""
+    tokens, images = inputs(1, 2)
+    with torch.inference_mode():
+        head = patched_head()
+        for weight in (head.scratch.refinenet2.resConfUnit1.conv2.weight, head.tail.expert_w1):
+            before = call(head, tokens, images)
+            weight.view(-1)[1::2] += 0.1
+            found = call(head, tokens, images)
+            assert not torch.allclose(found, before, rtol=1e-5)
+        fresh = copy.deepcopy(head)
+        assert torch.equal(found, call(fresh, tokens, images))
+    assert run_natively
+
+
+@needs_native
+@torch.no_grad()
+def test_global_defaults_change_nothing(run_natively):
+    head, (tokens, images) = patched_head(), inputs(1, 2)
+    expected = call(copy.deepcopy(head), tokens, images)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = call(head, tokens, images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected) and len(run_natively) == 2
 
 
 @needs_native
@@ -361,6 +434,13 @@ def test_what_does_not_run_natively(run_natively):
         call(copy.deepcopy(head).bfloat16(), [t.bfloat16() for t in tokens], images)
     head.requires_grad_(False)
     torch.jit.trace(lambda *t: call(head, list(t), images), tuple(tokens), check_trace=False)
+    with FlopCounterMode(display=False):  # and every other mode that must see each operation
+        call(head, tokens, images)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="moe_head has no forward-mode derivative"):
+        call(head, [forward_ad.make_dual(t, torch.ones_like(t)) for t in tokens], images)
+    everywhere = register_module_forward_hook(lambda *_: None)
+    call(head, tokens, images)
+    everywhere.remove()
     call(head, [tokens[0].requires_grad_(), *tokens[1:]], images)
     assert not run_natively
 

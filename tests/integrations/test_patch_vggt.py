@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import moe3d
@@ -229,6 +230,25 @@ def test_a_meta_model_can_be_patched():
     assert {p.device.type for p in model.depth_head.tail.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_meta_model_is_filled_by_assigning_a_stock_checkpoint(patched):
+    source = models.mini(enable_point=False)
+    with torch.device("meta"):
+        model = models.mini(enable_point=False)
+    if patched:
+        moe3d.patch_vggt(model, 3, 8, image_gate="guided", seed=11)
+    model.load_state_dict(state(source), strict=True, assign=True)
+    if patched:
+        assert_equal(state(model), state(moe3d.patch_vggt(source, 3, 8, image_gate="guided", seed=11)))
+    assert_equal(predict(model.eval()), predict(source))
+
+
+def test_an_assigned_checkpoint_brings_its_type():
+    model = moe3d.patch_vggt(models.mini(enable_point=False)).half()
+    model.load_state_dict(state(models.mini(enable_point=False)), assign=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_the_global_random_state_stays(make):
     model = make()
     torch.manual_seed(123)
@@ -315,6 +335,25 @@ def test_each_frame_meets_its_own_image_whatever_the_chunk(make, chunk):
     for a, b in zip(*found, strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (1, 0)])
+def test_no_frames_give_no_predictions(shape):
+    model = models.mini(enable_point=False)
+    args, kwargs = depth_tokens(model, images(2))
+    tokens = [t.new_zeros(*shape, *t.shape[2:]) for t in args[0]]
+    kwargs = kwargs | {"images": kwargs["images"].new_zeros(*shape, 3, HEIGHT, WIDTH)}
+    expected = model.depth_head(tokens, **kwargs)
+    found = moe3d.patch_vggt(model).depth_head(tokens, **kwargs)
+    assert [t.shape for t in found] == [t.shape for t in expected]
+
+
+def test_a_tail_cannot_be_replaced():
+    model = moe3d.patch_vggt(models.mini(enable_point=False))
+    before = state(model)
+    with pytest.raises(AttributeError, match="tail cannot be replaced"):
+        model.depth_head.tail = copy.deepcopy(model.depth_head.tail)
+    assert_equal(state(model), before)
 
 
 def test_a_chunk_of_no_frames_is_an_error():
@@ -568,6 +607,47 @@ def test_compile_in_one_graph_forward_and_backward(compiled):
     for a, b in zip(compiled_gradients, gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert model.depth_head.extras == {}
+
+
+def compile_the_head(model):
+    model.depth_head.compile(backend="aot_eager")
+
+
+def compile_the_forward(model):
+    model.forward = torch.compile(model.forward, backend="aot_eager")
+
+
+def wrap_the_head_in_a_graph(model):
+    model.depth_head = torch.compile(model.depth_head, backend="aot_eager")
+
+
+def wrap_the_head_in_checkpoints(model):
+    model.depth_head = checkpoint_wrapper(model.depth_head)
+
+
+@pytest.mark.parametrize("first", ["patch", "wrap"])
+@pytest.mark.parametrize(
+    "wrap",
+    [compile_the_head, compile_the_forward, wrap_the_head_in_a_graph, wrap_the_head_in_checkpoints],
+    ids=lambda f: f.__name__,
+)
+def test_a_part_that_is_compiled_or_wrapped_keeps_the_entropy(compiled, wrap, first):
+    model = models.mini(enable_point=False)
+    expected = predict(moe3d.patch_vggt(copy.deepcopy(model)))
+    for step in (moe3d.patch_vggt, wrap) if first == "patch" else (wrap, moe3d.patch_vggt):
+        step(model)
+    found = predict(model)
+    assert found.keys() == expected.keys() and "depth_entropy" in found
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    moe3d.unpatch_vggt(model)
+    assert "depth_entropy" not in predict(model)
+
+
+def test_a_compiled_model_can_be_patched(compiled):
+    model = torch.compile(models.mini(enable_point=False), backend="aot_eager")
+    assert "depth_entropy" in predict(moe3d.patch_vggt(model))
+    assert "depth_entropy" not in predict(moe3d.unpatch_vggt(model))
 
 
 @pytest.mark.real_vggt

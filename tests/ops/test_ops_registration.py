@@ -197,24 +197,26 @@ def test_without_gradients(runner, context):
     assert torch.equal(output.prediction, problem.run(backend=runner.backend).prediction)
 
 
-def test_global_defaults_change_nothing(runner):
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_global_defaults_change_nothing(runner, default):
     """Default dtype and default device are the user's, not the operation's."""
-    problem = random_problem(pos=True, device=runner.device)
+    problem = random_problem(pos=True, device=runner.device, return_experts=True)
     cotangent = torch.randn_like(problem.run().entropy)
 
-    def gradients():
+    def outputs_and_gradients():
         leaves = problem.leaves()
         outputs = leaves.run(backend=runner.backend)
         torch.autograd.backward((outputs.prediction[:, 0], outputs.entropy), (cotangent, cotangent))
-        return [leaf.grad for leaf in leaves.tensors.values()]
+        return [*(t for t in outputs if t is not None), *(leaf.grad for leaf in leaves.tensors.values())]
 
-    expected = gradients()
-    torch.set_default_dtype(torch.float64)
+    expected = outputs_and_gradients()
+    torch.set_default_dtype(default)
     try:
         with torch.device("meta"):
-            found = gradients()
+            found = outputs_and_gradients()
     finally:
         torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -88,7 +88,7 @@ def test_a_single_place_is_for_training_and_photographs_are_seen_one_by_one(monk
     assert open_corpus("nyuv2", "root", (14, 14), 1).sequences == ("nyuv2",)
     with pytest.raises(ValueError, match="has one place, so nothing to validate on: ask for 0 validation scenes"):
         open_corpus("nyuv2", "root", (14, 14), 1, validation=True)
-    with pytest.raises(ValueError, match="frames must be 1 for the dataset 'nyuv2', .* got 2"):
+    with pytest.raises(ValueError, match=r"frames must be 1 for the dataset 'nyuv2', .* got 2"):
         open_corpus("nyuv2", "root", (14, 14), 2)
 
 
