@@ -20,10 +20,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yields:
         The temporary file's path, beside ``path``; it does not exist yet.
 
+    A link is followed.
+
     Raises:
-        OSError: ``path`` cannot be written.
+        OSError: ``path`` cannot be written, or is something else than a file.
     """
-    path = Path(path)
+    check_file(path)
+    path = Path(os.path.realpath(path))
     # Cut, because a name may be as long as the file system allows already.
     unfinished = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
@@ -33,6 +36,15 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """OSError for what no file may take the place of: a folder, a device, a pipe."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(EISDIR, "must be a file, but is a folder", str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(EEXIST, "must be a file, but is a device or a pipe", str(path))
 
 
 @contextmanager
@@ -111,12 +123,11 @@ def _move_files(source: Path, target: Path) -> None:
         _check_replaceable(target, file)
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / file, target / file)
+        os.replace(source / file, os.path.realpath(target / file))
 
 
 def _check_replaceable(target: Path, file: Path) -> None:
-    if (target / file).is_dir():
-        raise IsADirectoryError(EISDIR, "is a folder where a file is to be written", str(target / file))
+    check_file(target / file)
     for parent in file.parents:
         if os.path.lexists(target / parent) and not (target / parent).is_dir():
             raise FileExistsError(EEXIST, "is a file where a folder is needed", str(target / parent))

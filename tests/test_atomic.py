@@ -45,6 +45,35 @@ def test_a_file_may_have_the_longest_of_names(tmp_path):
     assert _tree(tmp_path) == {"a" * 255: "1"}
 
 
+def other_things(folder):
+    """A pipe, and a link to one; devices are like them."""
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to("pipe")
+    return [folder / "pipe", folder / "link"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    for path in other_things(tmp_path):
+        with pytest.raises(OSError, match="must be a file, but is a device or a pipe"), whole_file(path):
+            pytest.fail("begun")
+        with pytest.raises(OSError, match="must be a file"), output_folder(tmp_path) as folder:
+            (folder / path.name).write_text("new")
+        assert stat.S_ISFIFO(path.stat().st_mode)
+
+
+def test_a_link_to_a_file_is_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    with whole_file(link) as unfinished:
+        unfinished.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    with output_folder(tmp_path) as folder:
+        (folder / "link").write_text("newer")
+    assert link.is_symlink() and target.read_text() == "newer"
+
+
 def test_a_new_folder_appears_whole_and_with_its_parents(tmp_path):
     target = tmp_path / "a" / "b"
     with output_folder(target) as folder:

@@ -75,7 +75,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _be_lenient_with_output() -> None:
-    """Lines appear at once in a log, too, and a path that the terminal cannot show is escaped instead of an error."""
+    """Lines appear at once in a log, too; a path that the terminal cannot show is escaped instead of an error; and what
+    a process without standard streams says goes nowhere."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 

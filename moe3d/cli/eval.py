@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable
-from errno import EISDIR
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import moe3d
-from moe3d.atomic import output_folder
+from moe3d.atomic import check_file, output_folder
 from moe3d.benchmark.machine import describe
 from moe3d.cli.arguments import integer, positive
 from moe3d.data import DATASETS, Dataset, open_dataset
@@ -146,13 +145,13 @@ def run(args: argparse.Namespace) -> None:
     if args.out is None:
         print(as_table(_evaluate(args, dataset, Gallery(0))))
         return
-    if args.out.is_dir():
-        raise IsADirectoryError(EISDIR, "must be a file, but is a folder", str(args.out))
+    page = args.out.with_suffix(".html")
+    for file in (args.out, page):
+        check_file(file)
     with output_folder(args.out.parent) as folder:
         gallery = Gallery()
         report = _evaluate(args, dataset, gallery)
         (folder / args.out.name).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", "utf-8")
-        page = args.out.with_suffix(".html")
         (folder / page.name).write_text(render_evaluation(report, gallery.frames()), "utf-8")
     print(as_table(report))
     print(f"\nreport: {args.out}\npage: {page}")

@@ -79,9 +79,8 @@ def is_watched(*modules: nn.Module) -> bool:
     if any(getattr(everywhere, f"_global_{kind}_hooks") for kind in ("forward", "forward_pre", "backward")):
         return True
     return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__
-        for m in modules
-    )
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    ) or any("forward" in m.__dict__ for m in modules)
 
 
 def _is_dense(conv: nn.Conv2d) -> bool:

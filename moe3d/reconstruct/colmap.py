@@ -6,6 +6,7 @@ than this package's: there the centre of the top-left pixel is (0.5, 0.5).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -75,7 +76,7 @@ def _write_image(file: BinaryIO, number: int, name: str, frame: ReconstructedFra
     pose = np.zeros((), _POSE)
     x, y, z, w = matrix_to_quaternion(torch.from_numpy(frame.extrinsics[:, :3]).double()).numpy()
     pose[()] = number, (w, x, y, z), frame.extrinsics[:, 3], number
-    file.write(pose.tobytes() + name.encode() + b"\0")
+    file.write(pose.tobytes() + os.fsencode(name) + b"\0")
     _write_count(file, len(observations))
     file.write(observations.tobytes())
 

@@ -15,7 +15,7 @@ from PIL import Image
 from moe3d.evaluation import Predictions, write_predictions
 from moe3d.reconstruct.colmap import write_colmap
 from moe3d.reconstruct.frames import FrameFolder, ReconstructedFrame
-from moe3d.reconstruct.images import read_image
+from moe3d.reconstruct.images import open_image, read_image
 from moe3d.reconstruct.point_files import write_glb, write_ply
 from moe3d.reconstruct.points import PointCloud, PointSelection, select_points
 
@@ -130,7 +130,7 @@ def _finite(frame: ReconstructedFrame) -> np.ndarray:
 
 def _copy_upright(file: Path, target: Path) -> str:
     """Copy an image as it is, or as PNG where it is no ordinary file or lies on its side; the name of the copy."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         ordinary = image.format in ("JPEG", "PNG") and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
     if ordinary:
         name = f"{target.name}{file.suffix.lower()}"

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ PATCH_SIZE = 14
 WIDTH = 518  # VGGT's
 MAX_PIXELS = 200_000_000
 MAX_ASPECT = 10
+HEIF_SUFFIXES = (".heic", ".heif")
 
 
 class Placement(NamedTuple):
@@ -100,9 +102,10 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ValueError: not an image, a damaged one, or one beyond 200 megapixels.
         OSError: the file is not there or may not be read.
+        RuntimeError: a HEIF image without what reads it.
     """
     try:
-        with _accept_pixels(MAX_PIXELS), Image.open(path) as image:
+        with _accept_pixels(MAX_PIXELS), open_image(path) as image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
@@ -112,6 +115,17 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(f"{path} is not an image in a format that can be read") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
         raise ValueError(f"{path} is a damaged image ({error})") from error
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Pillow's, and HEIF images (as iPhones write them), which need pillow-heif."""
+    if Path(path).suffix.lower() in HEIF_SUFFIXES:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise RuntimeError(f"{path} needs pillow-heif to be read: pip install 'moe3d[heif]'") from None
+        register_heif_opener()
+    return Image.open(path)
 
 
 def prepare_image(image: Image.Image, width: int = WIDTH) -> Tensor:
@@ -191,6 +205,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to 8 bits instead of scaling it
         grey = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":  # which Pillow would clip to 0 ... 255
+        grey = np.asarray(image)
+        if not (grey.min() >= 0 and grey.max() <= 1):
+            raise ValueError(f"floating-point pixels must be from 0 to 1, got {grey.min():g} to {grey.max():g}")
+        return Image.fromarray((grey * 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -10,9 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moe3d.reconstruct import video
+from moe3d.reconstruct.frames import PARTIAL
+from moe3d.reconstruct.images import HEIF_SUFFIXES
 from moe3d.reconstruct.video import extract_frames
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2", ".gif")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2", ".gif",
+    *HEIF_SUFFIXES,
+)  # fmt: skip
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -30,23 +35,38 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         path = Path(name)
         if path.is_dir():
             found = _in_order(file for file in path.iterdir() if _is_picture(file))
-        elif path.exists() or not glob.has_magic(name):
+        elif path.exists():
             found = [path]
+        elif not glob.has_magic(name):
+            raise FileNotFoundError(f"{name}: no such file or folder")
         else:
             found = _in_order(file for match in glob.iglob(name, recursive=True) if _is_picture(file := Path(match)))
         if not found:
             raise FileNotFoundError(
                 f"{name}: holds no image or video" if path.is_dir() else f"{name}: matches no image"
             )
-        if not found[0].exists():
-            raise FileNotFoundError(f"{name}: no such file or folder")
         files += found
     return files
 
 
+def left_out(inputs: Sequence[str]) -> str:
+    """A sentence about the files in the folders that are no pictures by their names; empty without any."""
+    files = [file for name in inputs if Path(name).is_dir() for file in Path(name).iterdir() if file.is_file()]
+    others = [file for file in files if not file.name.startswith(".") and not _is_picture(file)]
+    if not others:
+        return ""
+    suffixes = sorted({file.suffix.lower() or "without a suffix" for file in others})
+    return f"{len(others)} file(s) are no images or videos by their names, and left out: {', '.join(suffixes)}"
+
+
 def scene_name(inputs: Sequence[str]) -> str:
-    """What the results are called: the name of the folder if ``inputs`` is a single one, else "scene"."""
+    """What the results are called: the name of the folder if ``inputs`` is a single one, else "scene".
+
+    Names that end as those of unfinished runs do get another end.
+    """
     name = Path(os.path.abspath(inputs[0])).name
+    if name.endswith(PARTIAL):
+        name = f"{name.removesuffix(PARTIAL)}_{PARTIAL[1:]}"
     return name if len(inputs) == 1 and Path(inputs[0]).is_dir() and name else "scene"
 
 

@@ -25,7 +25,7 @@ from moe3d.atomic import make_folder, output_folder
 from moe3d.reconstruct.exports import Exporter, Scene
 from moe3d.reconstruct.frames import PARTIAL, FrameFolder, ReconstructedFrame
 from moe3d.reconstruct.images import LoadedImages, Placement, load_images
-from moe3d.reconstruct.inputs import find_files, frame_names, image_files, scene_name
+from moe3d.reconstruct.inputs import IMAGE_SUFFIXES, find_files, frame_names, image_files, left_out, scene_name
 from moe3d.reconstruct.points import PointSelection
 from moe3d.reconstruct.predict import FramePrediction, backbone_blocks, predict_frames
 from moe3d.reconstruct.progress import Progress
@@ -89,7 +89,8 @@ def reconstruct(job: Job, selection: PointSelection, exports: Mapping[str, Expor
         taken_over = len(frames) if frames else 0
         if frames is None:
             frames, found, taken_over = _compute(job, names, partial, settings, progress)
-            notes, skipped = found.notes, skipped | {str(files[at]): why for at, why in found.skipped.items()}
+            notes = [*found.notes, *filter(None, [left_out(job.inputs)])]
+            skipped |= {str(files[at]): why for at, why in found.skipped.items()}
         cloud = Scene(scene, frames, [names[name] for name in frames.names], selection)
         written = _export(job.out, cloud, exports, progress)
         _move_frames(frames, final)
@@ -112,9 +113,8 @@ def reconstruct(job: Job, selection: PointSelection, exports: Mapping[str, Expor
 
 def _settings(job: Job, inputs: Sequence[Path]) -> dict[str, Any]:
     """What the frames depend on, as it comes back from JSON."""
-    stats = [(path, path.stat()) for path in inputs]
     settings = {
-        "inputs": [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "inputs": [[str(path.resolve()), *_stamp(path)] for path in inputs],
         "fps": job.fps,
         "dtype": str(job.dtype).removeprefix("torch."),
         "experts": job.keep_hypotheses,
@@ -122,6 +122,14 @@ def _settings(job: Job, inputs: Sequence[Path]) -> dict[str, Any]:
         **job.identity,
     }
     return json.loads(json.dumps(settings))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time; of a link that leads nowhere, which reading will complain of, zeros."""
+    if not path.exists():
+        return 0, 0
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _check_ours(final: Path) -> None:
@@ -255,7 +263,16 @@ def _export(out: Path, scene: Scene, exports: Mapping[str, Exporter], progress: 
             for export in exports.values():
                 export(folder, scene)
                 bar.update()
+        _remove_older(out, folder)
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def _remove_older(out: Path, folder: Path) -> None:
+    """Pictures of an earlier run's frames, which would lie among those of this one."""
+    for new in {file.parent for file in folder.rglob("*") if file.suffix in IMAGE_SUFFIXES}:
+        for file in (out / new.relative_to(folder)).glob("*"):
+            if file.suffix in IMAGE_SUFFIXES and not (new / file.name).exists():
+                file.unlink()
 
 
 def _move_frames(frames: FrameFolder, final: Path) -> None:

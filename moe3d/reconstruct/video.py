@@ -42,19 +42,19 @@ def extract_frames(video: str | os.PathLike[str], folder: Path, fps: float) -> I
     with video.open("rb"):  # FFmpeg's own message would name neither the file nor the reason
         pass
     first, due = None, 0
-    for number, (seconds, frame) in enumerate(_decode(video)):
+    for number, (seconds, frame, width) in enumerate(_decode(video)):
         first = seconds if first is None else first
         period = int((seconds - first) * fps + 1e-6)
         if period < due:
             continue
         due = period + 1
         path = folder / f"{video.stem}_{number:06d}.png"
-        Image.fromarray(_upright(frame)).save(path, compress_level=1)
+        Image.fromarray(_upright(frame, width)).save(path, compress_level=1)
         yield path
 
 
-def _decode(video: Path) -> Iterator[tuple[float, Any]]:
-    """(time in seconds, frame) of every frame."""
+def _decode(video: Path) -> Iterator[tuple[float, Any, int]]:
+    """(time in seconds, frame, the width at which it is shown) of every frame."""
     try:
         import av
     except ImportError:
@@ -69,8 +69,9 @@ def _decode(video: Path) -> Iterator[tuple[float, Any]]:
                 raise ValueError(f"{video} has frames of more than {MAX_PIXELS // 10**6} megapixels, too many")
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or 25)  # for the rare container without timestamps
+            width = _shown_width(stream)
             for frame in container.decode(stream):
-                yield (decoded / rate if frame.time is None else frame.time), frame
+                yield (decoded / rate if frame.time is None else frame.time), frame, width
                 decoded += 1
     except av.FFmpegError as error:
         raise ValueError(
@@ -80,6 +81,12 @@ def _decode(video: Path) -> Iterator[tuple[float, Any]]:
         raise ValueError(f"{video} is not a video that can be decoded (it holds no frames)")
 
 
-def _upright(frame: Any) -> np.ndarray:
-    """[H, W, 3] uint8, turned as the video's display matrix says."""
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+def _shown_width(stream: Any) -> int:
+    """The stored width, or as wide as pixels that are no squares (those of DV and AVCHD) are shown."""
+    return round(stream.codec_context.width * (stream.sample_aspect_ratio or 1))
+
+
+def _upright(frame: Any, width: int) -> np.ndarray:
+    """[H, W, 3] uint8, ``width`` wide and then turned as the video's display matrix says."""
+    pixels = frame.to_ndarray(format="rgb24", width=width)
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))

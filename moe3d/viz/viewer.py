@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -191,6 +192,7 @@ class Viewer:
 
     Raises:
         RuntimeError: viser is not installed.
+        OSError: ``host`` is no address of this machine.
     """
 
     def __init__(self, scenes: Mapping[str, SceneClouds], host: str = LOOPBACK, port: int = 8080) -> None:
@@ -199,6 +201,7 @@ class Viewer:
         except ImportError:
             raise RuntimeError("the viewer needs viser: pip install 'moe3d[view]'") from None
         self._scenes = scenes
+        _check_host(host)
         with contextlib.redirect_stdout(io.StringIO()):  # a banner, even when it is told to be quiet
             self.server = viser.ViserServer(host=host, port=port, label="moe3d", verbose=False)
         self.server.gui.configure_theme(show_logo=False, show_share_button=False, dark_mode=True)
@@ -315,3 +318,15 @@ def _legend(experts: int) -> str:
     square = '<span style="color: rgb({}, {}, {})">&#9632; {}</span>'
     squares = (square.format(*color, number) for number, color in enumerate(expert_colors(experts), start=1))
     return f'<div style="padding: 0 0.75em; font-size: 0.9em">{" ".join(squares)}</div>'
+
+
+def _check_host(host: str) -> None:
+    """OSError for what is no address of this machine, for which viser would wait forever."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+    except OSError as error:
+        raise type(error)(
+            error.errno, f"--host must be an address of this machine, got '{host}' ({error.strerror})"
+        ) from None

@@ -177,6 +177,7 @@ def test_what_is_missing_or_does_not_fit_is_one_sentence(predictions, tmp_path, 
     assert "needs a root" in fails(capsys, dataset="kitti")
     assert "model must be" in fails(capsys, "--model", "nothing")
     assert "must be a file, but is a folder" in fails(capsys, "--out", tmp_path)
+    assert "must be a file, but is a device" in fails(capsys, "--out", "/dev/null")
     np.savez(tmp_path / "scene-000000.npz", depth=np.ones((1, 2, 2)))
     assert "the array 'frames' is missing" in fails(capsys, "--predictions", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scene-000000.npz"]

@@ -184,6 +184,14 @@ def test_info_imports_no_heavy_library(tmp_path):
     assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_process_without_standard_streams_does_its_work(command, monkeypatch, closed):
+    """As daemons have it; Python then has None in their place."""
+    command(lambda args: print("done", file=getattr(sys, closed)))
+    monkeypatch.setattr(sys, closed, None)
+    assert cli.main(["probe"]) == 0
+
+
 def test_a_reader_that_went_away_is_no_traceback(tmp_path):
     read, write = os.pipe()
     os.close(read)

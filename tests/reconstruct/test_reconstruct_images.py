@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -94,6 +95,31 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
     levels = np.array([[0, 128, 257, 256 * 100, 257 * 100, 65535]], dtype=np.uint16).repeat(2, axis=0)
     read = np.asarray(read_image(_save(tmp_path / "deep.png", levels)))
     assert np.array_equal(read[0, :, 0], np.round(levels[0] / 65535 * 255))
+
+
+def test_floating_point_pixels_are_scaled_or_refused(tmp_path):
+    levels = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif"))[..., 0].ravel(), np.arange(256))
+    Image.fromarray(2 * levels).save(tmp_path / "b.tif")
+    with pytest.raises(ValueError, match=r"b\.tif .*floating-point pixels must be from 0 to 1, got 0 to 2"):
+        read_image(tmp_path / "b.tif")
+
+
+def test_heif_is_read_upright(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pillow-heif")
+    picture = Image.new("RGB", (64, 32), (200, 30, 30))
+    pillow_heif.from_pillow(picture).save(tmp_path / "IMG_1.HEIC", quality=95)
+    read = read_image(tmp_path / "IMG_1.HEIC")
+    assert read.size == (64, 32)
+    assert np.abs(np.asarray(read).astype(int) - (200, 30, 30)).max() < 8
+
+
+def test_heif_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.heic").touch()
+    with pytest.raises(RuntimeError, match=r"a\.heic needs pillow-heif to be read: pip install 'moe3d\[heif\]'"):
+        read_image(tmp_path / "a.heic")
 
 
 def test_transparent_pixels_are_white_in_palette_and_grey_images_too(tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from moe3d.reconstruct.inputs import find_files, frame_names, image_files, scene_name
+from moe3d.reconstruct.inputs import find_files, frame_names, image_files, left_out, scene_name
 from moe3d.reconstruct.video import extract_frames
 from support.pictures import write_video
 
@@ -87,6 +88,27 @@ def test_a_video_that_lies_on_its_side_is_put_upright(tmp_path):
     picture = np.asarray(Image.open(file)).mean(axis=2)
     assert picture.shape == (64, 48)
     assert picture[-10:, :10].min() > 200 > picture[:40].max()  # turned counterclockwise by 90 degrees
+
+
+def test_pixels_that_are_no_squares_become_squares(tmp_path):
+    for rotation, shape in ((None, (48, 85)), (90, (85, 48))):
+        path = write_video(tmp_path / f"{rotation}.mp4", 1, rotation=rotation, pixel_aspect=Fraction(4, 3))
+        (file,) = extract_frames(path, tmp_path, 1)
+        assert np.asarray(Image.open(file)).shape[:2] == shape
+
+
+def test_what_is_no_picture_by_its_name_is_said(tmp_path):
+    for name in ("a.png", "b.CR2", "c.txt", "d.txt", "README", ".hidden.txt"):
+        (tmp_path / name).touch()
+    assert left_out([str(tmp_path)]) == (
+        "4 file(s) are no images or videos by their names, and left out: .cr2, .txt, without a suffix"
+    )
+    assert not left_out([str(tmp_path / "c.txt")])
+
+
+def test_no_scene_is_called_as_an_unfinished_run(tmp_path):
+    (tmp_path / "trip.partial").mkdir()
+    assert scene_name([str(tmp_path / "trip.partial")]) == "trip_partial"
 
 
 def test_videos_are_replaced_by_their_frames(tmp_path):

@@ -200,6 +200,41 @@ def test_one_unreadable_image_is_named_or_skipped_and_counted(start, photos, tmp
     assert "skipped: " in errors and "pixel.png: an image must have more than one pixel" in errors
 
 
+@pytest.mark.parametrize("name", ["a.png", "z.png"])
+def test_a_link_to_nowhere_is_named_or_skipped(start, photos, tmp_path, name):
+    folder = tmp_path / "links"
+    folder.mkdir()
+    shutil.copy(photos / "img1.png", folder / "m.png")
+    (folder / name).symlink_to("nowhere")
+    code, _, errors = start(folder)
+    assert code == 1 and f"links/{name}: No such file or directory" in errors and errors.count("\n") == 1
+    code, summary, _ = start(folder, "--skip-bad", "--export", "npz")
+    assert code == 0 and summary["frames"] == 1 and len(summary["skipped"]) == 1
+
+
+def test_a_name_that_is_no_utf8_is_kept(start, photos, tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    shutil.copy(photos / "img1.png", os.fsencode(folder) + b"/caf\xe9.png")
+    assert start(folder, "--export", "colmap")[0] == 0
+    model = tmp_path / "out/old/colmap"
+    assert b"caf\xe9.png\0" in (model / "sparse/0/images.bin").read_bytes()
+    assert os.listdir(os.fsencode(model / "images")) == [b"caf\xe9.png"]
+
+
+def test_a_later_run_leaves_no_pictures_of_frames_that_are_gone(start, photos, tmp_path):
+    folder = tmp_path / "trip"
+    shutil.copytree(photos, folder)
+    flags = ("--export", "colmap,depth-png,gate-png")
+    assert start(folder, *flags)[0] == 0
+    (tmp_path / "out/trip/colmap/splats.ply").write_text("the user's")
+    (folder / "img2.png").unlink()
+    assert start(folder, *flags)[0] == 0
+    pictures = [file for file in (tmp_path / "out/trip").rglob("*.png") if "img2" in file.name]
+    assert not pictures and (tmp_path / "out/trip/colmap/splats.ply").exists()
+    assert (tmp_path / "out/trip/depth/img1.png").exists()
+
+
 @pytest.mark.parametrize("flags", [
     "--conf-percentile 101", "--conf-percentile -1", "--conf-percentile nan", "--fps 0", "--fps inf", "--edge-filter 0",
     "--max-points 0", "--max-points 1.5", "--frames-chunk 0", "--width 50", "--width 0", "--export npz,obj",

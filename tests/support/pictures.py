@@ -14,12 +14,14 @@ def photo(height, width, seed=0):
     return np.clip(127 + 90 * waves + rng.normal(0, 12, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
-def write_video(path, frames=20, rate=10, rotation=None):
+def write_video(path, frames=20, rate=10, rotation=None, pixel_aspect=None):
     """Frame i is grey 10 i with a white corner at the top left."""
     av = pytest.importorskip("av", reason="needs PyAV")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if rotation is not None:
             stream.set_display_rotation(rotation)
         for i in range(frames):

@@ -190,6 +190,12 @@ def test_wrong_usage(tmp_path, argv):
     assert exit_.value.code == 2
 
 
+def test_an_address_of_another_machine_is_one_sentence(scene, capsys):
+    for host in ("192.0.2.1", "no.such.host.invalid"):  # reserved for documentation, and for names that are none
+        assert main(["view", str(scene.folder.parent), "--host", host]) == 1
+        assert f"--host must be an address of this machine, got '{host}'" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_reconstruction_is_one_sentence(tmp_path, capsys):
     assert main(["view", str(tmp_path)]) == 1
     assert "holds no reconstruction" in capsys.readouterr().err
