@@ -45,8 +45,8 @@ def sharpen(
         [B, H, W] of depth's type.
 
     Raises:
-        ValueError: shapes that do not fit each other, ``passes`` below 0, an even ``window``, a ``sigma`` not above 0,
-            an ``edge_ratio`` below 1.
+        ValueError: shapes that do not fit each other, a ``valid`` that is not bool, ``passes`` below 0, an even
+            ``window``, a ``sigma`` not above 0, an ``edge_ratio`` below 1.
     """
     _check(depth, image, passes, window, sigma, edge_ratio, valid)
     once = sharpen_once if can_sharpen(depth, image, valid, window) else sharpen_in_pytorch
@@ -123,6 +123,8 @@ def _check(
         raise ValueError(f"image must be {[batch, 3, height, width]} to fit depth, got {list(image.shape)}")
     if valid is not None and valid.shape != depth.shape:
         raise ValueError(f"valid must be {list(depth.shape)} to fit depth, got {list(valid.shape)}")
+    if valid is not None and valid.dtype != torch.bool:
+        raise ValueError(f"valid must be bool, got {str(valid.dtype).removeprefix('torch.')}")
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 0:
         raise ValueError(f"passes must be an integer of at least 0, got {passes!r}")
     if isinstance(window, bool) or not isinstance(window, int) or window < 1 or window % 2 == 0:

@@ -171,6 +171,7 @@ def test_nothing_to_sharpen(shape):
         ({"depth": random(8, 9)}, "depth must be [B, H, W], got [8, 9]"),
         ({"image": random(1, 3, 8, 8)}, "image must be [1, 3, 8, 9] to fit depth, got [1, 3, 8, 8]"),
         ({"valid": torch.ones(1, 8, 8)}, "valid must be [1, 8, 9] to fit depth, got [1, 8, 8]"),
+        ({"valid": torch.ones(1, 8, 9, dtype=torch.uint8)}, "valid must be bool, got uint8"),
         ({"passes": -1}, "passes must be an integer of at least 0, got -1"),
         ({"passes": True}, "passes must be an integer of at least 0, got True"),
         ({"window": 4}, "window must be an odd number of pixels, got 4"),
