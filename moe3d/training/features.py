@@ -126,7 +126,9 @@ def fingerprint(model: nn.Module, scenes: LiveScenes, bf16: bool) -> dict[str, A
     return {
         "weights": digest.hexdigest(),
         "precision": "bf16" if bf16 else "fp32",
-        "datasets": [[corpus.name, *corpus.size, _frames_digest(corpus)] for corpus in scenes.corpora],
+        "datasets": [
+            [corpus.name, *corpus.size, len(corpus.sequences), _frames_digest(corpus)] for corpus in scenes.corpora
+        ],
         "frames": list(scenes.frames),
         "seed": scenes.seed,
     }
