@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from importlib.machinery import ExtensionFileLoader
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +28,11 @@ class Native(NamedTuple):
 @functools.cache
 def native() -> Native:
     """Loads the compiled module, once."""
-    path = _find("_native*.so")
+    names = (f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)  # this interpreter's; there may be another's, too
+    path = next((path for path in map(_find, names) if path), None)
     if path is None:
-        return Native(None, f"its C++ part is not installed ({record()['cpu'] or 'moe3d was not built with it'})")
+        reason = record()["cpu"] or "moe3d was not built for this Python"
+        return Native(None, f"its C++ part is not installed ({reason})")
     try:
         module = _load(path)
     except ImportError as error:
@@ -62,17 +64,17 @@ def record() -> dict[str, str | None]:
     return json.loads(path.read_text())
 
 
-def _find(pattern: str) -> Path | None:
+def _find(name: str) -> Path | None:
     """A file of the package: beside this one, or in the installed distribution.
 
     Python started in the repository's root imports the source folder, which has no compiled module, also where moe3d is
     installed.
     """
-    beside = sorted(_PACKAGE.glob(pattern))
-    if beside:
-        return beside[0]
+    beside = _PACKAGE / name
+    if beside.is_file():
+        return beside
     if (_PACKAGE / RECORD).is_file():
         return None  # this is an installed package, and its build left it out: another one's is not meant for it
     files = (f for found in distributions(name="moe3d") for f in found.files or [])
-    installed = (Path(f.locate()) for f in files if f.parent.name == "moe3d" and f.match(pattern))
+    installed = (Path(f.locate()) for f in files if f.parent.name == "moe3d" and f.name == name)
     return next((path for path in installed if path.is_file()), None)

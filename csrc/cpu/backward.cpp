@@ -148,7 +148,8 @@ class Backward {
         begun_(extent.ranks * 3),
         scratch_(mix_scratch_floats(p_)),
         products_((in_columns_ + 1) * kColumn),
-        grad_x_(wanted_.x ? extent.ranks * grad_row_floats() : 0) {
+        grad_x_(wanted_.x ? extent.ranks * grad_row_floats() : 0),
+        z_at_(p_.experts) {
     for (int64_t branch = 0; branch <= p_.experts; ++branch)
       z_.emplace_back(most_rows_ * p_.width * head.padded_outputs(branch));
   }
@@ -197,17 +198,16 @@ class Backward {
 
   // z becomes its own gradient.
   void differentiate_mixture(Sums& sums) {
-    std::vector<float*> z_at(p_.experts);
     for (int64_t Y = rows_.begin; Y < rows_.end; ++Y) {
       for (int64_t t = 0; t < hidden_rows_.tiles(); ++t) {
         const Span columns = hidden_rows_.tile(t);
         const int64_t pixel = Y * p_.width + columns.begin, padded = head_.padded_outputs(0);
-        for (int64_t k = 0; k < p_.experts; ++k) z_at[k] = z(k, Y) + columns.begin * padded;
+        for (int64_t k = 0; k < p_.experts; ++k) z_at_[k] = z(k, Y) + columns.begin * padded;
         MixGradients out = {};
-        out.z = z_at.data();
+        out.z = z_at_.data();
         MixBlock block = {};
         block.count = columns.size();
-        block.z = z_at.data();
+        block.z = z_at_.data();
         block.z_pixel = padded;
         block.gate_pixel = head_.padded_outputs(p_.experts);
         if (p_.has_gate()) block.gate = out.gate = z(p_.experts, Y) + columns.begin * block.gate_pixel;
@@ -365,6 +365,7 @@ class Backward {
   Buffer products_;  // one row of dG for one group, and the column that takes what is padding
   Buffer grad_x_;    // [tile's rank][low-resolution column][padded channels]
   std::vector<Buffer> z_;
+  std::vector<float*> z_at_;  // each expert's results, from a pixel on
   Tile tile_ = {};
   Span rows_ = {0, 0};
 };

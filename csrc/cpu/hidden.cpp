@@ -22,11 +22,17 @@ HiddenRows::HiddenRows(const PackedHead& head, const RowPlan& rows, const Column
   done_.assign(head.groups() * ring_rows_ * tiles_, 0);
   zero_row_ = zeros(W * kGroup);
   base_ = Buffer(chunk * kEdgeKinds * kGroup);
-  position_products_ = Buffer(round_up(chunk + 2, head.block_rows()) * kColumn);
+  const int64_t position_rows = round_up(chunk + 2, head.block_rows());
+  positions_ = zeros(position_rows * head.layout.position_floats());
+  position_products_ = Buffer(position_rows * kColumn);
 }
 
 Span HiddenRows::tile(int64_t t) const {
   return {t * kTileWidth, std::min((t + 1) * kTileWidth, head_.problem.width)};
+}
+
+Span HiddenRows::position_rows() const {
+  return {std::max<int64_t>(chunk_.begin - 1, 0), std::min(chunk_.end + 1, head_.problem.height)};
 }
 
 float* HiddenRows::ring_row(int64_t g, int64_t rank) {
@@ -48,6 +54,7 @@ void HiddenRows::begin_chunk(int64_t frame, Span rows) {
              head_.layout.floats(), packed_ + slot_of_packed(rank) * packed_row_floats_);
     held = rank;
   }
+  if (head_.problem.pos_y) pack_positions(head_.problem.pos_y, position_rows(), head_.layout, positions_.data());
 }
 
 // The row part of the position embedding is a constant along a row, but for the outermost columns, whose outer taps
@@ -58,9 +65,8 @@ void HiddenRows::begin_group(int64_t g) {
     std::memcpy(base_ + i * kGroup, head_.b1(g), kGroup * sizeof(float));
   if (!p.pos_y) return;
 
-  const Span table = {std::max<int64_t>(chunk_.begin - 1, 0), std::min(chunk_.end + 1, p.height)};
-  const Buffer pixels = pack_positions(p.pos_y, table, head_.layout, head_.block_rows());
-  head_.multiply(g, PackedHead::Channels::second_half, pixels.data(), head_.layout.position_floats(),
+  const Span table = position_rows();
+  head_.multiply(g, PackedHead::Channels::second_half, positions_.data(), head_.layout.position_floats(),
                  divide_up(table.size(), head_.block_rows()), position_products_.data());
   for (int64_t Y = chunk_.begin; Y < chunk_.end; ++Y)
     for (int dy = 0; dy < 3; ++dy) {

@@ -36,6 +36,7 @@ class HiddenRows {
 
  private:
   int64_t slot_of_packed(int64_t rank) const { return rank % packed_rows_; }
+  Span position_rows() const;  // of the embedding, that the chunk reads
   float* ring_row(int64_t g, int64_t rank);
   const float* ring_row(int64_t g, int64_t rank) const { return const_cast<HiddenRows*>(this)->ring_row(g, rank); }
   uint8_t* marks(int64_t g, int64_t rank) { return done_.data() + (g * ring_rows_ + rank % ring_rows_) * tiles_; }
@@ -58,7 +59,8 @@ class HiddenRows {
   std::vector<uint8_t> done_;          // [group][ring row][tile]
   Buffer zero_row_;                    // [X][kGroup]
   Buffer base_;                        // [chunk row][kind of column][kGroup]: bias and the embedding's row part
-  Buffer position_products_;
+  Buffer positions_;                   // the embedding's position_rows(), packed
+  Buffer position_products_;           // of them, for one group
 };
 
 }  // namespace moe::cpu

@@ -32,18 +32,16 @@ void pack_row(const Problem& p, const Kernels& kernels, const ChannelLayout& lay
   kernels.pack_pixels(pixels, out);
 }
 
-Buffer pack_positions(const float* table, Span rows, const ChannelLayout& layout, int64_t block_rows) {
+void pack_positions(const float* table, Span rows, const ChannelLayout& layout, float* out) {
   const int64_t channels = layout.half_channels(), floats = layout.position_floats();
-  Buffer out = zeros(round_up(rows.size(), block_rows) * floats);
   for (int64_t i = 0; i < rows.size(); ++i)
     for (int64_t c = 0; c < channels; ++c) {
       const float value = table[(rows.begin + i) * channels + c];
       if (layout.in_pairs())
         put_in_pairs(out + i * floats, c, layout.low_of(layout.half_floats()), value);
       else
-        *(out + i * floats + c) = value;
+        out[i * floats + c] = value;
     }
-  return out;
 }
 
 Branches::Branches(const Problem& p, const Kernels& k) : problem(p), kernels(k) {
@@ -102,10 +100,11 @@ void PackedHead::use(const float* packed) {
   if (!p.pos_x) return;
 
   column_part_ = Buffer(groups() * 3 * p.width * kGroup);
-  const Buffer packed_pos = pack_positions(p.pos_x, {0, p.width}, layout, block_rows());
+  const int64_t rows = round_up(p.width, block_rows());
+  Buffer packed_pos = zeros(rows * layout.position_floats());
+  pack_positions(p.pos_x, {0, p.width}, layout, packed_pos.data());
   std::vector<Buffer> products;
-  for (int64_t slot = 0; slot < std::min<int64_t>(p.threads, groups()); ++slot)
-    products.emplace_back(round_up(p.width, block_rows()) * kColumn);
+  for (int64_t slot = 0; slot < std::min<int64_t>(p.threads, groups()); ++slot) products.emplace_back(rows * kColumn);
   parallel_for(groups(), p.threads,
                [&](int64_t g, int slot) { make_column_part(g, packed_pos.data(), products[slot].data()); });
 }

@@ -119,8 +119,8 @@ class PackedHead : public Branches {
   const float* w1_;
 };
 
-// A table [count][half_channels] of positions as packed pixels of one half, zero up to a whole block of rows.
-Buffer pack_positions(const float* table, Span rows, const ChannelLayout& layout, int64_t block_rows);
+// Some rows of a table [count][half_channels] of positions as packed pixels of one half, whose padding must be 0.
+void pack_positions(const float* table, Span rows, const ChannelLayout& layout, float* out);
 
 // Some columns of row `row` of a frame as packed pixels `pixel` floats apart, whose padding must be 0.
 void pack_row(const Problem& problem, const Kernels& kernels, const ChannelLayout& layout, int64_t frame, int64_t row,

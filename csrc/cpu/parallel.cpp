@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 
 namespace moe::cpu {
 namespace {
@@ -23,11 +24,18 @@ struct Loop {
   const std::function<void(int64_t, int)>& task;
   std::atomic<int64_t> next{0};
   std::atomic<int> slots{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure{};  // the first one
 
   static void work(void* self) {
     Loop& loop = *static_cast<Loop*>(self);
     const int slot = loop.slots++;
-    for (int64_t i; (i = loop.next++) < loop.count;) loop.task(i, slot);
+    try {
+      for (int64_t i; (i = loop.next++) < loop.count;) loop.task(i, slot);
+    } catch (...) {  // the runtime ends the process where an exception reaches it
+      loop.next = loop.count;
+      if (!loop.failed.exchange(true)) loop.failure = std::current_exception();
+    }
   }
 };
 
@@ -42,6 +50,7 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t, 
     parallel_entry()(Loop::work, &loop, team, 0);
   else
     Loop::work(&loop);
+  if (loop.failure) std::rethrow_exception(loop.failure);
 }
 
 }  // namespace moe::cpu

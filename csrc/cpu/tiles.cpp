@@ -73,7 +73,9 @@ class TileWorker {
         products_(kPlaces * product_plane_ + past_end() * TileHead::kMaxColumns),
         hidden_(kHeadTile * kHeadTile * kGroup),
         sums_(kUnitTiles * kGroup),
-        kept_(kCells * p_.experts, 1) {}
+        kept_(kCells * p_.experts, 1) {
+    runs_.reserve(kUnitTiles);  // the most of a unit: run() must take no memory
+  }
 
   // finite [tile of the frame]: set to 0 where a number is not.
   void run(int64_t frame, int64_t unit, uint8_t* finite) {

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "device.h"
+#include "launch.h"
 
 namespace moe::cuda {
 
@@ -112,11 +113,6 @@ MOE_DEVICE int computed_anew(int value) {
 }
 MOE_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
-inline Status cuda_status(cudaError_t error) {
-  return error == cudaSuccess ? Status::ok
-                              : static_cast<Status>(static_cast<int32_t>(Status::cuda_error) + error);
-}
-
 inline Device current_device() {
   int device = 0, processors = 0, shared = 0, block_shared = 0;
   cudaGetDevice(&device);
@@ -136,18 +132,12 @@ __global__ void __launch_bounds__(Kernel::kThreads, kBlocksOfProcessor<Kernel>) 
   Kernel::run(params);
 }
 
-// Enqueues a kernel on the current device; `shared_bytes` may pass 48 KB.
 template <class Kernel>
 Status launch(const typename Kernel::Params& params, Grid grid, size_t shared_bytes, void* stream) {
+  static Launcher kernel(reinterpret_cast<const void*>(entry<Kernel>));
   if (grid.x * grid.y * grid.z == 0) return Status::ok;
-  if (shared_bytes > 48 << 10) {
-    const auto allowed = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              static_cast<int>(shared_bytes));
-    if (allowed != cudaSuccess) return cuda_status(allowed);
-  }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  entry<Kernel><<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-  return cuda_status(cudaGetLastError());
+  return kernel.launch(blocks, Kernel::kThreads, &params, shared_bytes, stream);
 }
 
 }  // namespace moe::cuda

@@ -1,5 +1,6 @@
 // Runs the CPU kernels over awkward shapes without Python, for the sanitizers: every buffer has exactly its size.
-// Every instruction set and number of threads must agree with the portable path on one thread.
+// Every instruction set and number of threads must agree with the portable path on one thread. teams.cpp watches what
+// takes memory.
 //
 //   native_driver                no more than that
 //   native_driver write FILE     and keeps what the portable path computed,
@@ -13,6 +14,7 @@
 #include <random>
 #include <vector>
 
+#include "../cpu/parallel.h"
 #include "../cpu/select.h"
 #include "../decoder.h"
 #include "../moe_head.h"
@@ -299,10 +301,22 @@ Floats run_filter(const MapShape& s, int64_t window, bool with_valid, const char
   return sharp;
 }
 
+// --- threads ---
+
+bool a_failure_leaves_its_team() {
+  try {
+    cpu::parallel_for(8, 3, [](int64_t, int) { throw std::bad_alloc(); });
+  } catch (const std::bad_alloc&) {
+    return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   Archive archive(argc, argv);
+  expect(a_failure_leaves_its_team(), "a failure is lost", "a team of threads", 0);
   const char* isas[cpu::kMostIsas];
   const int count = cpu::supported_isas(isas);
   for (size_t s = 0; s < sizeof kShapes / sizeof *kShapes; ++s)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from moe3d.integrations import front
 from moe3d.integrations.front_native import forget, native_front
@@ -141,7 +142,7 @@ def _caller() -> int:
     return _COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable, which would import the compiler here and now
 def _keep_extras_eagerly(head: PatchedDPTHead, output: MoEOutput) -> None:
     """Out of a graph of the head or of the model's forward alone, for a caller outside."""
     if _caller() in head.extras:

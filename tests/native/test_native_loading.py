@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,14 @@ def test_a_module_of_another_version_is_refused(monkeypatch, fresh):
 def test_a_module_that_cannot_be_loaded_tells_why(monkeypatch, fresh, tmp_path):
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"not a shared object")
-    monkeypatch.setattr(_build, "_find", lambda pattern: broken if "native" in pattern else None)
+    monkeypatch.setattr(_build, "_find", lambda name: broken if "native" in name else None)
     assert re.search(r"could not be loaded: .*_native\.so", moe3d.backends()["cpu"])
 
 
 def test_a_build_that_failed_tells_its_reason(monkeypatch, fresh, tmp_path):
     record = tmp_path / _build.RECORD
     record.write_text('{"cpu": "its build failed: no compiler", "cuda": null}')
-    monkeypatch.setattr(_build, "_find", lambda pattern: record if pattern == _build.RECORD else None)
+    monkeypatch.setattr(_build, "_find", lambda name: record if name == _build.RECORD else None)
     assert "no compiler" in moe3d.backends()["cpu"]
 
 
@@ -91,6 +92,17 @@ def test_an_installed_package_takes_no_module_of_another_one(monkeypatch, fresh,
     (tmp_path / _build.RECORD).write_text('{"cpu": "it was built with MOE3D_BUILD=off", "cuda": null}')
     monkeypatch.setattr(_build, "_PACKAGE", tmp_path)
     assert "MOE3D_BUILD=off" in moe3d.backends()["cpu"]
+
+
+def test_another_interpreters_module_is_left_alone(monkeypatch, fresh, tmp_path):
+    ours = tmp_path / f"_native{EXTENSION_SUFFIXES[0]}"
+    (tmp_path / "_native.a-first.so").write_bytes(b"")  # as beside ours in a folder that two versions of Python share
+    (tmp_path / _build.RECORD).write_text('{"cpu": null, "cuda": null}')
+    monkeypatch.setattr(_build, "_PACKAGE", tmp_path)
+    assert "not built for this Python" in _build.native().reason
+    ours.write_bytes(b"")
+    _build.native.cache_clear()
+    assert f"{ours.name} could not be loaded" in _build.native().reason
 
 
 @needs_native
