@@ -81,7 +81,7 @@ def _color(peer: str) -> str:
 
 
 def ratios(records: Sequence[Record]) -> Figure | None:
-    """Time over the stock head's for one and for eight frames a call, with 95% intervals."""
+    """Time over the stock head's for one and for eight frames a call; bars as :func:`~.statistics.spread` says."""
     groups = [g for frames in (1, 8) if (g := _largest(records, frames))]
     if not groups:
         return None

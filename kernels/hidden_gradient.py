@@ -70,8 +70,8 @@ def hidden_gradient(hidden, grad_z, packed: Packed, sums, rows: range, own: rang
 
     Padded width is a multiple of ``block_p``, plus the border; outside the image the gradient is 0.
     """
-    channels = hidden.shape[2]
-    block_n = min(channels & -channels, 128)
+    channels, columns = hidden.shape[2], packed.b2.shape[0]
+    block_n = min(channels & -channels, max(16, 2048 // columns))  # wider ones spill
     sum_w2, sum_b1, sum_b2 = sums or (grad_z, grad_z, grad_z)
     return Launch(
         kernel=_hidden_gradient_kernel,
@@ -80,7 +80,7 @@ def hidden_gradient(hidden, grad_z, packed: Packed, sums, rows: range, own: rang
             hidden=hidden, grad_z=grad_z, w2=packed.w2, feeds=packed.feeds, sum_w2=sum_w2, sum_b1=sum_b1, sum_b2=sum_b2,
             first_row=rows.start, padded_width=hidden.shape[1], height=size[0], width=size[1],
             own_first=own.start, own_last=own.stop,
-            N=channels, COLUMNS=packed.b2.shape[0], PARAMETERS=sums is not None,
+            N=channels, COLUMNS=columns, PARAMETERS=sums is not None,
             BLOCK_N=block_n, BLOCK_P=block_p, PRECISION=precision.dot,
         ),
         num_warps=num_warps,

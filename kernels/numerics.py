@@ -42,12 +42,13 @@ def round_off(x, BITS: tl.constexpr):
 def source_position(target, source_size, target_size):
     """Where target index t falls in the source under align_corners=True: the lower index and the upper one's weight.
 
-    t (s - 1) / (T - 1) is split by integer division, so the index is exact and the weight correctly rounded. At the
-    last index the weight is 0, and nobody reads a neighbour beyond the edge.
+    t (s - 1) / (T - 1) is split by integer division, so the index is exact and the weight correctly rounded (by div_rn:
+    `/` is div.full on a GPU, up to 2 ulp off). At the last index the weight is 0, and nobody reads a neighbour beyond
+    the edge.
     """
     span = tl.maximum(target_size - 1, 1)
     numerator = target * (source_size - 1)
-    return numerator // span, (numerator % span).to(tl.float32) / span.to(tl.float32)
+    return numerator // span, tl.div_rn((numerator % span).to(tl.float32), span.to(tl.float32))
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def source_weight(source, target, source_size, target_size):
     """The weight of a source index in a target index, 0 where it has none: the same table read the other way."""
     span = tl.maximum(target_size - 1, 1)
     distance = tl.abs(target * (source_size - 1) - source * span)
-    return tl.maximum(span - distance, 0).to(tl.float32) / span.to(tl.float32)
+    return tl.div_rn(tl.maximum(span - distance, 0).to(tl.float32), span.to(tl.float32))
 
 
 @triton.jit

@@ -32,6 +32,14 @@ class Parameters(NamedTuple):
     gate_w2: Tensor | None  #   [K, Hg]
     gate_b2: Tensor | None  #   [K]
 
+    @property
+    def padded(self) -> tuple[int, int]:
+        """OP and KP: the output rows, the gate's among them, and the experts; at least 16 columns together."""
+        experts, outputs = self.expert_w2.shape[:2]
+        experts_padded = max(2, triton.next_power_of_2(experts))
+        rows = outputs + (self.gate_w1 is not None)
+        return max(triton.next_power_of_2(rows), 16 // experts_padded, 1), experts_padded
+
 
 class Packed(NamedTuple):
     """N hidden channels of all experts and the gate in two sections of groups, padded with zeros."""
@@ -84,8 +92,7 @@ def pack(p: Parameters, precision: Precision, max_width: int, max_block_k: int, 
     position = torch.cat([expert_index, gate_index])
     padded = main.channels + tail.channels
 
-    experts_padded = max(2, triton.next_power_of_2(experts))
-    outputs_padded = max(triton.next_power_of_2(outputs + (gate > 0)), 16 // experts_padded, 1)
+    outputs_padded, experts_padded = p.padded
     block_k = block_of(channels, max_block_k)
     w1, b1 = p.expert_w1.flatten(0, 1), p.expert_b1.flatten()
     w2 = _second_layer(p, experts_padded, outputs_padded)

@@ -10,6 +10,7 @@ columns add a float32 flag a pixel, and a table of three rows of hidden channels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -57,6 +58,11 @@ class Call(NamedTuple):
         w1, gate = self.parameters.expert_w1, self.parameters.gate_w1
         n = w1.shape[0] * w1.shape[1] + (0 if gate is None else gate.shape[0])
         return f"C{w1.shape[2]}-N{n}" + "-wider" * self.wider + "-skip" * (self.skip_below > 0)
+
+    @property
+    def columns(self) -> int:
+        """Of the second layer's product: what all experts and the gate put out, padded."""
+        return math.prod(self.parameters.padded)
 
     @property
     def wider(self) -> bool:

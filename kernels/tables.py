@@ -16,6 +16,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DEFAULTS = Path(__file__).with_name("tables.json")
+# The widest group of hidden channels beside a second layer of at most 32, at most 64 and more columns. The table's own
+# widths are for 16, which 4 experts need; the more columns, the more registers they take, and wider groups spill.
+_WIDEST = {
+    ("forward", "half"): (128, 128, 64),
+    ("forward", "tf32"): (128, 128, 64),
+    ("forward", "ieee"): (32, 32, 16),
+    ("recompute", "half"): (64, 64, 64),
+    ("recompute", "tf32"): (64, 32, 32),
+    ("recompute", "ieee"): (32, 32, 16),
+}
 
 
 class Config(NamedTuple):
@@ -45,17 +55,29 @@ def architecture(capability: tuple[int, int]) -> str:
     return "{}.{}".format(*max(k for k in known if k <= capability))
 
 
-def config(kernel: str, kind: str, capability: tuple[int, int], device_name: str, shape: str = "any") -> Config:
-    """The configuration of ``kernel`` for a kind of arithmetic ("half", "tf32", "ieee") and a class of shapes."""
+def config(
+    kernel: str, kind: str, capability: tuple[int, int], device_name: str, columns: int, shape: str = "any"
+) -> Config:
+    """The configuration of ``kernel`` for a kind of arithmetic ("half", "tf32", "ieee") and a class of shapes.
+
+    ``columns``: of the second layer's product, see :attr:`moe3d.kernels.passes.Call.columns`.
+    """
     tuned = _read(user_file()).get(device_name, {}).get(f"{kernel}/{kind}/{shape}")
-    return Config(**(tuned or _defaults()[architecture(capability)][kernel][kind]))
+    return Config(**tuned) if tuned else _default(kernel, kind, capability, columns)
 
 
-def candidates(kind: str, capability: tuple[int, int], wider: bool) -> dict[str, Config]:
+def _default(kernel: str, kind: str, capability: tuple[int, int], columns: int) -> Config:
+    default = Config(**_defaults()[architecture(capability)][kernel][kind])
+    if columns <= 16 or (kernel, kind) not in _WIDEST:
+        return default
+    widest = _WIDEST[kernel, kind][0 if columns <= 32 else 1 if columns <= 64 else 2]
+    return default._replace(max_width=min(default.max_width, widest))
+
+
+def candidates(kind: str, capability: tuple[int, int], columns: int, wider: bool) -> dict[str, Config]:
     """What is raced for the forward kernel, by name: the default, its neighbours, and commuted columns where the width
     grows."""
-    row = _defaults()[architecture(capability)]
-    default = Config(**row["forward"][kind])
+    default = _default("forward", kind, capability, columns)
     options = [
         default,
         *(default._replace(tile_height=h, tile_width=w) for h, w in ((4, 32), (16, 8))),
@@ -67,8 +89,8 @@ def candidates(kind: str, capability: tuple[int, int], wider: bool) -> dict[str,
     if capability >= (9, 0):
         options += [default._replace(tma=True), default._replace(tma=True, max_width=128, num_stages=4)]
     if wider:
-        columns = Config(**row["columns"][kind])
-        options += [columns, columns._replace(num_stages=columns.num_stages + 1)]
+        commuted = _default("columns", kind, capability, columns)
+        options += [commuted, commuted._replace(num_stages=commuted.num_stages + 1)]
     return {c.name: c for c in options}
 
 

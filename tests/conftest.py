@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `support`, whatever the import mode
 
+from moe3d.benchmark.case import arithmetic
 from support.backends import cannot_run, runners
 
 NO_SKIPS = "MOE3D_NO_SKIPS"  # set by `make test-real`
@@ -91,6 +92,13 @@ def pytest_pyfunc_call(pyfuncitem):
         if chosen is None or chosen.backend == "reference" or not cannot_run(error, chosen.backend):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _auto_precision_is_float32():
+    """Tolerances for "auto" are float32's; a GPU's own default is tf32. First of all fixtures, as some compute."""
+    with arithmetic("ieee"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -13,13 +14,15 @@ from pathlib import Path
 
 from bench.gpu.stages import ROOT, STAGES, Stage, source_digest
 from bench.gpu.state import FAILED, PASSED, SKIPPED, State
+from bench.gpu.worker import DEVICE_LOST
 
 RESULTS = ROOT / "bench" / "results" / "gpu"
+LOST = "the GPU was lost"  # with the process, whose item has its own reason
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
-    stages = {name: STAGES[name] for name in args.stages}
+    stages = {name: stage for name, stage in STAGES.items() if name in {"probe", *args.stages}}  # others need it
     reason = why_dry_run(args.dry_run)
     if reason:
         print(plan(stages, reason))
@@ -71,7 +74,7 @@ def why_dry_run(asked: bool) -> str | None:
 def plan(stages: dict[str, Stage], reason: str) -> str:
     """What each stage would do."""
     lines = [f"dry run, because {reason}; skipped:"]
-    lines += [f"  {name} (at most {stage.limit_s / 60:.0f} min): {stage.about}" for name, stage in stages.items()]
+    lines += [f"  {name} (at most {stage.limit_s:.0f} s): {stage.about}" for name, stage in stages.items()]
     if importlib.util.find_spec("torch") is not None:
         import moe3d
 
@@ -102,10 +105,10 @@ def run_stage(path: Path, name: str, limit_s: float, attempt: str) -> None:
         if item is not None:
             state.record(name, item, status=FAILED, seconds=None, reason=reason or "the process ended", attempt=attempt)
             print(f"  {name}: {item}: failed: {reason}", flush=True)
-        elif reason:
+        elif reason not in (None, LOST):
             state.record(name, "stage", status=FAILED, seconds=None, reason=reason, attempt=attempt)
             print(f"  {name}: failed: {reason}", flush=True)
-        if item is None or time.monotonic() > end:
+        if (item is None and reason != LOST) or time.monotonic() > end:
             return
 
 
@@ -116,13 +119,13 @@ def _run_worker(path: Path, name: str, limit_s: float, attempt: str) -> str | No
     try:
         code = worker.wait(timeout=max(limit_s, 1))
     except subprocess.TimeoutExpired:
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
         return f"ran past the stage's {limit_s:.0f} s"
-    except BaseException:
-        os.killpg(worker.pid, signal.SIGKILL)
-        raise
-    return None if code == 0 else f"the process ended with code {code}"
+    finally:  # also what it has started, which may outlive it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+    ends = {0: None, DEVICE_LOST: LOST, -signal.SIGALRM: f"ran past its {STAGES[name].item_s:.0f} s"}
+    return ends.get(code, f"the process ended with code {code}")
 
 
 def report(state: State, stages: dict[str, Stage]) -> str:

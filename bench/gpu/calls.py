@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
 import torch
@@ -150,13 +151,15 @@ def _require_close(result: list[Tensor], expected: list[Tensor], what: str) -> N
 
 
 def main() -> None:
-    """A small call forward and backward in every precision, for compute-sanitizer."""
+    """A call forward and backward: of the case, or for compute-sanitizer small ones in every precision."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("backend")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--case", type=lambda text: Case(**json.loads(text)))
     args = parser.parse_args()
-    for precision in PRECISIONS:
-        call = Call(Case(2, 42, 56, precision=precision, device=args.device), args.backend)
+    small = [Case(2, 42, 56, precision=precision, device=args.device) for precision in PRECISIONS]
+    for case in [args.case] if args.case else small:
+        call = Call(case, args.backend)
         call.forward()
         call.gradients()
 

@@ -1,7 +1,8 @@
 """The stages of ``make gpu`` and their items.
 
-An item is a name and a function that returns what to write down, raises :class:`Skip` with a reason, or fails. Stages
-look for backends themselves (``moe3d.backends()``, then a call on the device): a new one needs no change here.
+An item is a name and a function that returns what to write down, raises :class:`Skip` with a reason, or fails. The
+stage ``probe`` finds the backends (``moe3d.backends()``, then a call on the device of each): a new one needs no change
+here.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
+
+from bench.gpu.state import PASSED, SKIPPED
 
 ROOT = Path(__file__).resolve().parents[2]
 _SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -37,44 +43,38 @@ class Item:
 
 @dataclass(frozen=True)
 class Stage:
-    """``items(context)`` is called in the worker. ``always``: also where an earlier run has done it."""
+    """``items(context)`` is called in the worker. ``item_s``: after so long an item has hung, and is ended.
+
+    ``always``: also where an earlier run has done it.
+    """
 
     about: str
     limit_s: float
     items: Callable[[Context], list[Item]]
+    item_s: float = 120
     always: bool = False
 
 
 class Context:
-    """Where the items run, and with which backends."""
+    """Where the items run, and with which backends: ``probes`` are the entries of the stage of that name."""
 
-    def __init__(self, device: str, commit: str | None = None):
-        self.device, self.commit = device, commit
+    def __init__(self, device: str, commit: str | None = None, probes: Mapping[str, dict] | None = None):
+        self.device, self.commit, self.probes = device, commit, probes or {}
 
-    @functools.cached_property
-    def backends(self) -> dict[str, str | None]:
-        """Every backend but the reference: None if it serves this device, else why not."""
-        import moe3d
+    def runs(self, backend: str) -> bool:
+        return self.probes[backend]["status"] == PASSED
 
-        return {name: reason or self._refusal(name) for name, reason in moe3d.backends().items() if name != "reference"}
-
-    def _refusal(self, name: str) -> str | None:
-        """Why a backend that runs on this machine does not serve the device; any other failure is for the items."""
-        from bench.gpu.calls import Call
-        from moe3d.benchmark.case import Case
-
-        try:
-            Call(Case(1, 14, 14, device=self.device), name).forward()
-        except RuntimeError as error:
-            return str(error).partition(f"backend {name!r} cannot run here because ")[2] or None
-        return None
+    def racing(self, names: Iterable[str]) -> list[str]:
+        """Those but the backends that do not run: what ends a process would end the race."""
+        return [name for name in names if name not in self.probes or self.runs(name)]
 
     def for_each_backend(self, items: Callable[[str], list[Item]]) -> list[Item]:
-        """The items of each backend; of one that cannot run, a single item that says why."""
-        found = []
-        for name, reason in self.backends.items():
-            found += items(name) if reason is None else [Item(name, functools.partial(_skip, reason))]
-        return found
+        """The items of each backend, which take turns; of one that does not run, a single item that says why."""
+        lists = [
+            items(name) if self.runs(name) else [Item(name, functools.partial(_as_its_probe, **entry))]
+            for name, entry in self.probes.items()
+        ]
+        return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None]
 
     @functools.cached_property
     def session(self):
@@ -89,12 +89,16 @@ def _skip(reason: str) -> None:
     raise Skip(reason)
 
 
+def _as_its_probe(status: str, reason: str, **_) -> None:
+    raise Skip(reason) if status == SKIPPED else RuntimeError(f"its probe failed: {reason}")
+
+
 def source_digest() -> str:
     """Of all that decides a result: results of other sources are not taken up."""
-    digest = hashlib.sha256()
+    digest, results = hashlib.sha256(), ROOT / "bench" / "results"
     for folder in ("moe3d", "kernels", "csrc", "bench"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".txt"):
+            if path.suffix in (".py", ".json", ".cpp", ".cu", ".cuh", ".h", ".txt") and results not in path.parents:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -131,6 +135,34 @@ def _import_installed() -> dict:
     return {"backends": inside}
 
 
+# probe
+
+
+def _probe(context: Context) -> list[Item]:
+    import moe3d
+
+    names = [name for name in moe3d.backends() if name != "reference"]
+    return [Item(name, functools.partial(_call_once, context.device, name)) for name in names]
+
+
+def _call_once(device: str, backend: str) -> None:
+    """Skips a backend that cannot run on this machine or does not serve the device."""
+    import moe3d
+    from bench.gpu.calls import Call
+    from moe3d.benchmark.case import Case
+
+    reason = moe3d.backends()[backend]
+    if reason:
+        raise Skip(reason)
+    try:
+        Call(Case(1, 14, 14, device=device), backend).forward()
+    except RuntimeError as error:
+        refusal = str(error).partition(f"backend {backend!r} cannot run here because ")[2]
+        if not refusal:
+            raise
+        raise Skip(refusal) from None
+
+
 # right
 
 
@@ -139,14 +171,23 @@ def _right(context: Context) -> list[Item]:
 
     def items(backend: str) -> list[Item]:
         cases = _right_cases(context.device)
-        sizes = [Item(f"{backend} {case.label}", functools.partial(accuracy, case, backend)) for case in cases]
-        return [*sizes, Item(f"{backend} op.md's matrix", functools.partial(_matrix, context.device, backend))]
+        found = [Item(f"{backend} {case.label}", functools.partial(accuracy, case, backend)) for case in cases]
+        if backend == "triton":
+            found.insert(0, Item("triton compiles", functools.partial(_compile, context.device, backend)))
+        return found
 
     return context.for_each_backend(items)
 
 
+def _compile(device: str, backend: str) -> None:
+    """Calls every case, all at once, each in a process of its own: the compiler keeps on disk what they need."""
+    call = [sys.executable, "-m", "bench.gpu.calls", backend, "--device", device, "--case"]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(lambda case: _command([*call, json.dumps(case.asdict())]), _right_cases(device)))
+
+
 def _right_cases(device: str):
-    """VGGT's sizes at every precision, then many experts, a single one, and a small odd image."""
+    """VGGT's sizes at every precision, the fastest first, then many experts, a single one, and a small odd image."""
     from moe3d.benchmark.case import PRECISIONS, Case
 
     sizes = [
@@ -156,20 +197,31 @@ def _right_cases(device: str):
         {"experts": 1},
         {"frames": 3, "height": 98, "width": 70},
     ]
-    return [Case(precision=p, device=device, **size) for size in sizes for p in PRECISIONS]
+    return [Case(precision=p, device=device, **size) for size in sizes for p in reversed(PRECISIONS)]
 
 
-def _matrix(device: str, backend: str) -> dict:
-    """The tests of the operation, which cover shapes, dtypes, modes, gradients and errors, for one backend."""
-    return _pytest("tests/ops", "-k", f"{backend}-{device}")
+# matrix
 
 
-def _pytest(*arguments: str) -> dict:
-    """Counts, and the names of what failed."""
+def _matrix(context: Context) -> list[Item]:
+    """The tests of the operation, which cover shapes, dtypes, modes, gradients and errors."""
+
+    def items(backend: str) -> list[Item]:
+        tests = f"{backend}-{context.device}"
+        return [Item(backend, functools.partial(_pytest, "tests/ops", "-k", tests, distribution="load"))]
+
+    return context.for_each_backend(items)
+
+
+def _pytest(*arguments: str, distribution: str = "loadfile") -> dict:
+    """Counts, and the names of what failed; on all cores where pytest-xdist is installed."""
+    workers = ["-n", str(os.cpu_count()), "--dist", distribution] if importlib.util.find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", *arguments]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={xml}", *workers, *arguments]
+        environment = os.environ | ({"OMP_NUM_THREADS": "1"} if workers else {})
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, cwd=ROOT, env=environment, **output)
         if not xml.is_file():
             raise RuntimeError(f"pytest ended with code {done.returncode}: {done.stdout[-_TAIL:]}")
         suite = ElementTree.parse(xml).getroot().find("testsuite")
@@ -193,7 +245,7 @@ def _fast(context: Context) -> list[Item]:
     from moe3d.benchmark.case import Case
 
     quick = [name for name in peers.peers() if name != peers.COMPILED]
-    compiled = [peers.STOCK, peers.STOCK_CACHED, peers.CONCATENATED, peers.COMPILED, *context.backends]
+    compiled = [peers.STOCK, peers.STOCK_CACHED, peers.CONCATENATED, peers.COMPILED, *context.probes]
     device = context.device
     plan = [("tail", Case(f, precision=p, device=device), quick) for f in (8, 1) for p in ("bf16", "tf32")]
     plan += [("head", Case(f, precision="tf32", device=device), heads.names()) for f in (8, 1)]
@@ -205,7 +257,34 @@ def _fast(context: Context) -> list[Item]:
         (f"torch.compile {case.label}", "tail", case, compiled)
         for case in (Case(f, precision=p, device=device) for f in (8, 1) for p in ("bf16", "tf32"))
     ]
-    return [Item(name, functools.partial(_race, context, *rest)) for name, *rest in named]
+    return [Item(f"{name}{_table()}", functools.partial(_race, context, *rest)) for name, *rest in named]
+
+
+def _tuned(context: Context) -> list[Item]:
+    """The headline of the backends that have been tuned, with what they have chosen."""
+    from moe3d.benchmark.case import Case
+    from moe3d.benchmark.peers import STOCK, STOCK_CACHED
+    from moe3d.benchmark.tuning import is_tunable
+
+    table = _table()
+    cases = [Case(f, precision=p, device=context.device) for p in ("bf16", "tf32") for f in (8, 1)]
+
+    def items(backend: str) -> list[Item]:
+        if not (table and is_tunable(backend)):
+            return [Item(backend, functools.partial(_skip, "nothing of it has been tuned"))]
+        run = functools.partial(_race, context, "tail", names=[STOCK, STOCK_CACHED, backend])
+        return [Item(f"{backend} {case.label}{table}", functools.partial(run, case)) for case in cases]
+
+    return context.for_each_backend(items)
+
+
+def _table() -> str:
+    """A mark of what has been tuned on this machine: results of other tables do not stand for this one's."""
+    try:
+        from moe3d.kernels.tables import user_file
+    except ImportError:  # no Triton
+        return ""
+    return f", table {hashlib.sha256(user_file().read_bytes()).hexdigest()[:6]}" if user_file().is_file() else ""
 
 
 def _race(context: Context, suite: str, case, names: list[str]) -> dict:
@@ -213,7 +292,8 @@ def _race(context: Context, suite: str, case, names: list[str]) -> dict:
 
     before = len(context.session.records)
     try:
-        outcomes = context.session.race(suite, case, Effort(seconds=6, least_rounds=20, most_rounds=200), names)
+        effort = Effort(seconds=6, least_rounds=20, most_rounds=200)
+        outcomes = context.session.race(suite, case, effort, context.racing(names))
     except ImportError as error:
         raise Skip(str(error)) from None
     refused = {name: outcome.refused for name, outcome in outcomes.items() if outcome.refused}
@@ -225,10 +305,15 @@ def _race(context: Context, suite: str, case, names: list[str]) -> dict:
 
 
 def _tune(context: Context) -> list[Item]:
+    from moe3d.benchmark.tuning import is_tunable, tune, tuning_cases
+
     def items(backend: str) -> list[Item]:
-        if backend != "cuda":
-            return [Item(backend, functools.partial(_tune_one, context.device, backend))]
-        return _cuda_formulations(context.device)
+        if backend == "cuda":
+            return _cuda_formulations(context.device)
+        if not is_tunable(backend):
+            return [Item(backend, functools.partial(_skip, "it has only one formulation"))]
+        cases = tuning_cases(context.device)
+        return [Item(f"{backend} {case.label}", functools.partial(tune, backend, case)) for case in cases]
 
     return context.for_each_backend(items)
 
@@ -237,7 +322,7 @@ def _cuda_formulations(device: str) -> list[Item]:
     """Its two formulations, each at VGGT's size in every precision; which one "auto" takes is counted so far."""
     from moe3d.benchmark.case import PRECISIONS, Case
 
-    cases = [Case(f, precision=p, device=device) for p in PRECISIONS for f in (8, 1)]
+    cases = [Case(f, precision=p, device=device) for p in reversed(PRECISIONS) for f in (8, 1)]
     return [
         Item(f"cuda {formulation} {case.label}", functools.partial(_forced, formulation, case))
         for case in cases
@@ -263,15 +348,6 @@ def _forced(formulation: str, case) -> dict:
         del os.environ[FORMULATION_VARIABLE]
     times = {name: 1e3 * quantiles(outcome.times).p50 for name, outcome in outcomes.items() if outcome.times}
     return {"errors": errors, "times_ms": times}
-
-
-def _tune_one(device: str, backend: str) -> dict:
-    from moe3d.benchmark.tuning import tune
-
-    results = tune(backend, device)
-    if results is None:
-        raise Skip("it has only one formulation")
-    return results
 
 
 # sanitizers
@@ -308,16 +384,24 @@ def _checked(check: str) -> Callable[[Context], list[Item]]:
     return items
 
 
+def _suite(context: Context) -> list[Item]:
+    return [Item("tests", functools.partial(_pytest, "tests"))]
+
+
+# In the order of their value: those before "sanitizers" fit into the quarter of an hour for which a GPU may be lent.
 STAGES = {
-    "build": Stage("install without build isolation, import, backends, ceilings", 90, _build, always=True),
-    "right": Stage("every GPU backend against the float64 truth, outputs and gradients", 180, _right),
-    "fast": Stage("headline ratios and the overhead end to end, interleaved", 210, _fast),
-    "tune": Stage("race the formulations that backends offer, write the tuned table", 600, _tune),
-    "sanitizers": Stage(f"compute-sanitizer: {', '.join(_SANITIZERS)}", 600, _sanitizers),
+    "build": Stage("install without build isolation, import, backends, ceilings", 90, _build, item_s=90, always=True),
+    "probe": Stage("one small call of every backend", 75, _probe, item_s=30, always=True),
+    "right": Stage("every GPU backend against the float64 truth, outputs and gradients", 120, _right, item_s=60),
+    "fast": Stage("headline ratios and the overhead end to end, interleaved", 195, _fast, item_s=60),
+    "tune": Stage("race the formulations that backends offer, write the tuned table", 150, _tune, item_s=90),
+    "tuned": Stage("the headline again, with the tuned table", 60, _tuned, item_s=30),
+    "matrix": Stage("the operation's tests for every GPU backend, on all cores", 150, _matrix, item_s=100),
+    "sanitizers": Stage(f"compute-sanitizer: {', '.join(_SANITIZERS)}", 600, _sanitizers, item_s=300),
     "determinism": Stage("100 runs, forward and backward, bit for bit", 300, _checked("determinism")),
-    "graphs": Stage("captured in a CUDA graph, replayed on new inputs", 120, _checked("cuda_graph")),
-    "streams": Stage("two streams at once", 120, _checked("two_streams")),
-    "devices": Stage("tensors on another than the current GPU", 120, _checked("second_device")),
+    "graphs": Stage("captured in a CUDA graph, replayed on new inputs", 120, _checked("cuda_graph"), item_s=60),
+    "streams": Stage("two streams at once", 120, _checked("two_streams"), item_s=60),
+    "devices": Stage("tensors on another than the current GPU", 120, _checked("second_device"), item_s=60),
     "large": Stage("more than 2^31 elements", 300, _checked("large")),
-    "suite": Stage("the whole test suite", 1800, lambda context: [Item("tests", functools.partial(_pytest, "tests"))]),
+    "suite": Stage("the whole test suite", 1800, _suite, item_s=1800),
 }

@@ -151,7 +151,7 @@ class ModelField:
 
     @torch.no_grad()
     def _prepare(self, name: str) -> Callable[[int], object]:
-        require_backend(name)
+        require_backend(name, self.case.device)
         model = self._variant(name)
         return lambda i: self.run(model)
 

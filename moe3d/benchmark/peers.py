@@ -220,13 +220,9 @@ class Peer:
         if self.backend is None:
             return
         with _instruction_set(self.isa):
-            require_backend(self.backend)
+            require_backend(self.backend, case.device)
             has_arithmetic = case.precision != "bf16" or has_bf16_products()
-        if self.backend != "cpu":
-            return
-        if torch.device(case.device).type != "cpu":
-            raise Unavailable("the cpu backend works on the CPU")
-        if not has_arithmetic:
+        if self.backend == "cpu" and not has_arithmetic:
             raise Unavailable("bfloat16 arithmetic needs a processor and an instruction set with avx512_bf16")
 
 
@@ -329,8 +325,10 @@ def with_judges(every: Mapping[str, Peer], names: Sequence[str]) -> list[Peer]:
     return [peer for peer in every.values() if peer.name in wanted]
 
 
-def require_backend(name: str) -> None:
-    """Raises :class:`~.race.Unavailable` where ``name`` is a backend of this package that cannot run here."""
+def require_backend(name: str, device: str) -> None:
+    """Raises :class:`~.race.Unavailable` where ``name`` is a backend of this package that cannot run on ``device``."""
     reason = moe3d.backends().get(name)
     if reason is not None:
         raise Unavailable(reason)
+    if name == "cpu" and torch.device(device).type != "cpu":
+        raise Unavailable("the cpu backend works on the CPU")

@@ -22,8 +22,11 @@ from moe3d.benchmark.clock import time_call
 
 Call = Callable[[int], Any]  # runs on the i-th of several inputs
 
-_LEAST_SAMPLE_S = 5e-3  # on CUDA
-_MOST_REPEATS = 200
+# On CUDA
+_UNTIMED_CALLS = 4  # torch.compile records its CUDA graph in the second call, slowly
+_ESTIMATES = 3
+_SAMPLE_S = 10e-3  # everybody's: who is called once a sample pays for a launch and a synchronisation in every call
+_MOST_REPEATS = 500
 
 
 class Unavailable(Exception):
@@ -103,8 +106,8 @@ def _admit(contestant: Contestant, outcome: Outcome) -> Call | None:
 class _Sampler:
     """Takes one sample of a call: seconds per call.
 
-    On CUDA over several calls, so that gaps between launches are hidden as they are in a busy program; the first of
-    these samples, which is not kept, warms up.
+    On CUDA over several calls, so that gaps between launches are hidden as they are in a busy program: as many as the
+    fastest of some calls, once everything is compiled and recorded, says that a sample needs.
     """
 
     def __init__(self, call: Call, device: str):
@@ -112,7 +115,10 @@ class _Sampler:
         self.input = 0
         self.repeats = 1
         if torch.device(device).type == "cuda":
-            self.repeats = min(_MOST_REPEATS, max(1, math.ceil(_LEAST_SAMPLE_S / self())))
+            for _ in range(_UNTIMED_CALLS):
+                self._run()
+            fastest = min(self() for _ in range(_ESTIMATES))
+            self.repeats = min(_MOST_REPEATS, math.ceil(_SAMPLE_S / fastest))
 
     def __call__(self) -> float:
         with _no_garbage_collection():

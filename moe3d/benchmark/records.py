@@ -52,7 +52,8 @@ class Record:
         peer: who.
         case: the fields of :class:`~moe3d.benchmark.case.Case`.
         run: the fields of :func:`moe3d.benchmark.machine.describe`, and "ceilings".
-        ratios: {baseline: [ratio, low, high]} of this peer's time over the baseline's, with 95% confidence intervals.
+        ratios: {baseline: [ratio, low, high]} of this peer's time over the baseline's; :func:`~.statistics.spread`
+            says what the bounds are.
         rms_error, worst_error: against the float64 truth, relative.
         peak_bytes: of the memory suites.
         first_call_ms: {"cold": ..., "warm": ...} of the latency suite.

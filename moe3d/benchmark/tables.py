@@ -15,6 +15,7 @@ from moe3d.benchmark.roofline import (
     counted_overhead,
 )
 from moe3d.benchmark.sharpening import IN_PYTORCH
+from moe3d.benchmark.statistics import spread
 from moe3d.benchmark.suites import MEMORY_SUITES, RACES
 
 _OVERHEAD_SUITES = ("head", "mini", "vggt")
@@ -58,7 +59,7 @@ def times(records: Sequence[Record]) -> str:
     title = (
         f"{RACES[records[0].suite].about}\n"
         f"{case.height}x{case.width}, {_frames(case.frames)} a call, K = {case.experts}, {case.precision}, "
-        f"{records[0].rounds} interleaved rounds; time over the baseline's with its 95% interval"
+        f"{records[0].rounds} interleaved rounds; time over the baseline's ({spread(records[0].rounds)})"
     )
     return f"{title}\n{_table(columns, records)}"
 
@@ -90,7 +91,8 @@ def overhead(records: Sequence[Record]) -> str:
     for group in _by_case(measured, _OVERHEAD_SUITES):
         case = Case(**group[0].case)
         lines.append(
-            f"  {RACES[group[0].suite].about}; {case.height}x{case.width}, {_frames(case.frames)}, {case.precision}"
+            f"  {RACES[group[0].suite].about}; {case.height}x{case.width}, {_frames(case.frames)}, {case.precision} "
+            f"({spread(group[0].rounds)})"
         )
         columns = [
             ("", lambda r: f"    {r.peer}"),

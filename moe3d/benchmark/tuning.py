@@ -8,12 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from moe3d.benchmark.accuracy import Error
-from moe3d.benchmark.case import Case, arithmetic, precisions
+from moe3d.benchmark.case import VGGT_CHUNK, Case, arithmetic, precisions
 from moe3d.benchmark.peers import CONCATENATED, TailField
 from moe3d.benchmark.race import Contestant, Effort, race
 from moe3d.benchmark.statistics import quantiles
@@ -37,38 +37,35 @@ class Tunable(Protocol):
         ...
 
 
-def tune(backend: str, device: str, cases: Sequence[Case] | None = None, effort: Effort = EFFORT) -> dict | None:
-    """Race a backend's candidates over VGGT's cases, each checked first, and let it write down the fastest.
+def is_tunable(backend: str) -> bool:
+    return isinstance(dispatch._REGISTRY[backend], Tunable)
+
+
+def tuning_cases(device: str) -> list[Case]:
+    """One for each entry that VGGT's calls have in a backend's table, those in bfloat16 first.
+
+    Entries know neither the frames of a call nor their size: VGGT's largest call stands for all.
+    """
+    kinds = itertools.product(reversed(precisions(device)), (4, 1))
+    return [Case(VGGT_CHUNK, experts=experts, precision=p, device=device) for p, experts in kinds]
+
+
+def tune(backend: str, case: Case, effort: Effort = EFFORT) -> dict:
+    """Race a tunable backend's candidates for one case, each checked first, and let it write down the fastest.
 
     Returns:
-        {case: {"times_ms": {candidate: median}, "refused": {candidate: why}, "chosen": candidate or None}}; None if the
-        backend has nothing to choose.
+        {"times_ms": {candidate: median}, "refused": {candidate: why}, "chosen": candidate or None}
     """
-    tunable = dispatch._REGISTRY[backend]
-    if not isinstance(tunable, Tunable):
-        return None
-    return {case_key(c): _tune_case(tunable, c, effort) for c in (_cases(device) if cases is None else cases)}
-
-
-def case_key(case: Case) -> str:
-    return f"{case.precision} {case.frames}x{case.height}x{case.width} C{case.channels} K{case.experts} N{case.hidden}"
-
-
-def _cases(device: str) -> list[Case]:
-    sizes = [(1, 518, 518), (8, 518, 518), (8, 154, 518), (8, 392, 518)]
-    kinds = itertools.product(precisions(device), sizes, (4, 1))
-    return [Case(*size, experts=experts, precision=p, device=device) for p, size, experts in kinds]
-
-
-def _tune_case(tunable: Tunable, case: Case, effort: Effort) -> dict:
+    tunable: Any = dispatch._REGISTRY[backend]
     field = TailField(case, [CONCATENATED])
-    x, weights = field.inputs[torch.contiguous_format][0], field.weights_of(case)
-    pos = position_tables(case.size, case.channels, case.width / case.height, x)
-    tensors = HeadTensors(x, *weights, None, *pos)
+    inputs, weights = field.inputs[torch.contiguous_format], field.weights_of(case)
+    pos = position_tables(case.size, case.channels, case.width / case.height, inputs[0])
     options = HeadOptions(*case.size, 1.0, "exp", "expp1", "mean", 0.3, False, 0.0, case.precision)
+    tensors = [HeadTensors(x, *weights, None, *pos) for x in inputs]
+    ways = [tunable.candidates(t, options) for t in tensors]
     contestants = [
-        Contestant(name, partial(_ignoring_inputs, run), partial(_check, field, case, name))
-        for name, run in tunable.candidates(tensors, options).items()
+        Contestant(name, partial(_in_turn, [way[name] for way in ways]), partial(_check, field, case, name))
+        for name in ways[0]
     ]
     with arithmetic(case.precision), torch.no_grad():
         outcomes = race(field.contestants() + contestants, case.device, effort)
@@ -76,12 +73,13 @@ def _tune_case(tunable: Tunable, case: Case, effort: Effort) -> dict:
     times = {name: 1e3 * quantiles(o.times).p50 for name, o in outcomes.items() if o.times}
     chosen = min(times, key=times.__getitem__) if times else None
     if chosen is not None:
-        tunable.choose(tensors, options, chosen)
+        tunable.choose(tensors[0], options, chosen)
     return {"times_ms": times, "refused": {n: o.refused for n, o in outcomes.items() if o.refused}, "chosen": chosen}
 
 
-def _ignoring_inputs(run: Callable[[], MoEOutput]) -> Callable[[int], MoEOutput]:
-    return lambda i: run()
+def _in_turn(runs: Sequence[Callable[[], MoEOutput]]) -> Callable[[int], MoEOutput]:
+    """One candidate on each of the inputs, which are too large together to stay in a cache."""
+    return lambda i: runs[i % len(runs)]()
 
 
 def _check(field: TailField, case: Case, name: str, output: MoEOutput) -> Error:

@@ -94,7 +94,7 @@ class TritonBackend(Backend):
 def _candidates(call):
     from moe3d.kernels import tables
 
-    return tables.candidates(call.precision.kind, _gpu(call.x.device)[0], call.wider)
+    return tables.candidates(call.precision.kind, _gpu(call.x.device)[0], call.columns, call.wider)
 
 
 def _call(t: HeadTensors, options: HeadOptions):
@@ -164,7 +164,7 @@ def _run_forward(call, outputs, config) -> None:
 def _config(kernel: str, call, shape: str = "any"):
     from moe3d.kernels import tables
 
-    return tables.config(kernel, call.precision.kind, *_gpu(call.x.device), shape)
+    return tables.config(kernel, call.precision.kind, *_gpu(call.x.device), call.columns, shape)
 
 
 def _forward_config(call, outputs):

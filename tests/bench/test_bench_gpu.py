@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import textwrap
+import time
 
 import pytest
+import torch
 
 import moe3d
 from bench.gpu import __main__ as command
-from bench.gpu import calls
-from bench.gpu.stages import STAGES, Context, Item, Skip, Stage, source_digest
+from bench.gpu import calls, stages
+from bench.gpu.stages import ROOT, STAGES, Context, Item, Skip, Stage, source_digest
 from bench.gpu.state import FAILED, PASSED, RUNNING, SKIPPED, State
-from bench.gpu.worker import work
-from moe3d.benchmark.case import Case
+from bench.gpu.worker import DEVICE_LOST, work
+from moe3d.benchmark.case import PRECISIONS, Case
 from moe3d.ops import dispatch, native_cuda
 from moe3d.ops.reference import ReferenceBackend
+
+RUNS = {"status": PASSED}
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -32,25 +40,115 @@ def test_the_dry_run_says_what_it_skips_and_why(asked, tmp_path, capsys, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_three_stages_fit_in_eight_minutes():
-    assert list(STAGES)[:4] == ["build", "right", "fast", "tune"]
-    assert sum(STAGES[name].limit_s for name in ("build", "right", "fast")) <= 8 * 60
+def test_the_most_valuable_stages_come_first_and_fit_in_the_time_for_which_a_gpu_is_lent():
+    names = ["build", "probe", "right", "fast", "tune", "tuned", "matrix"]
+    assert list(STAGES)[: len(names)] == names
+    assert sum(STAGES[name].limit_s for name in names[:4]) <= 8 * 60
+    assert sum(STAGES[name].limit_s for name in names) <= 14 * 60
+    assert all(stage.item_s <= stage.limit_s for stage in STAGES.values())
 
 
 def test_an_unknown_stage_is_wrong_usage(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["paint"])
-    assert "STAGE must be one of build, right, fast" in capsys.readouterr().err
+    assert "STAGE must be one of build, probe, right, fast" in capsys.readouterr().err
 
 
 def test_every_stage_says_why_a_backend_is_skipped(monkeypatch):
     """On a machine whose only backend is the reference, every item of the stages that need another one skips."""
     monkeypatch.setattr("moe3d.backends", lambda: {"triton": "there is no GPU", "reference": None})
-    context = Context("cpu")
-    for name in ("right", "tune", "sanitizers", "determinism", "graphs", "streams", "devices", "large"):
-        (item,) = STAGES[name].items(context)
-        with pytest.raises(Skip, match="there is no GPU"):
-            item.run()
+    (probe,) = STAGES["probe"].items(Context("cpu"))
+    with pytest.raises(Skip, match="there is no GPU") as skipped:
+        probe.run()
+    for status, error in ((SKIPPED, Skip), (FAILED, RuntimeError)):
+        context = Context("cpu", probes={"triton": {"status": status, "reason": str(skipped.value), "attempt": "1"}})
+        for name in ("right", "tune", "tuned", "matrix", "sanitizers", "determinism", "graphs", "large"):
+            (item,) = STAGES[name].items(context)
+            with pytest.raises(error, match="there is no GPU"):
+                item.run()
+
+
+def test_what_a_backend_raises_in_its_probe_costs_no_other(monkeypatch, tmp_path):
+    class Broken(ReferenceBackend):
+        def forward(self, tensors, options):
+            raise SyntaxError("Triton's errors are of all kinds")
+
+    monkeypatch.setitem(dispatch._REGISTRY, "triton", Broken())
+    monkeypatch.setitem(dispatch._REGISTRY, "cuda", ReferenceBackend())
+    state = State(tmp_path / "state.json")
+    work(state, "probe", STAGES["probe"].items(Context("cpu")), attempt="1")
+    context = Context("cpu", probes=state.entries("probe"))
+    assert state.entry("probe", "triton")["status"] == FAILED and context.runs("cuda") and not context.runs("triton")
+    names = [item.name for item in STAGES["right"].items(context)]
+    assert "triton" in names and "cuda 518x518-1f-K4-bf16" in names
+    assert context.racing(["stock", "triton", "cuda"]) == ["stock", "cuda"]
+
+
+def test_backends_take_turns_and_the_fastest_precision_is_first():
+    names = [item.name for item in STAGES["right"].items(Context("cpu", probes={"triton": RUNS, "cuda": RUNS}))]
+    assert names[:4] == [
+        "triton compiles",
+        "cuda 518x518-1f-K4-bf16",
+        "triton 518x518-1f-K4-bf16",
+        "cuda 518x518-1f-K4-tf32",
+    ]
+    assert len(names) == 2 * 15 + 1
+
+
+def test_what_is_compiled_in_advance_are_the_cases(monkeypatch):
+    seen = []
+    monkeypatch.setattr(stages, "_command", lambda command: seen.append(Case(**json.loads(command[-1]))))
+    stages._compile("cpu", "triton")
+    assert set(seen) == set(stages._right_cases("cpu"))
+    argv = ["calls", "reference", "--device", "cpu", "--case", json.dumps(Case(1, 28, 28, experts=2).asdict())]
+    monkeypatch.setattr(sys, "argv", argv)
+    made = []
+    monkeypatch.setattr(calls.Call, "forward", lambda self: made.append(self.case))
+    calls.main()
+    assert made == [Case(1, 28, 28, experts=2)]
+
+
+@pytest.mark.parametrize("found", [None, "xdist"])
+def test_the_matrix_runs_on_all_cores_where_it_can(monkeypatch, found):
+    commands = []
+
+    def run(command, env, **_):
+        commands.append((command, env))
+        xml = next(part.split("=")[1] for part in command if part.startswith("--junitxml"))
+        with open(xml, "w") as file:
+            file.write('<a><testsuite tests="2" failures="0" errors="0" skipped="1"/></a>')
+
+    monkeypatch.setattr(stages.subprocess, "run", run)
+    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: found)
+    (item,) = STAGES["matrix"].items(Context("cuda", probes={"cuda": RUNS}))
+    assert item.run() == {"tests": 2, "failures": 0, "errors": 0, "skipped": 1}
+    ((command, environment),) = commands
+    assert command[-3:] == ["tests/ops", "-k", "cuda-cuda"]
+    assert ("-n" in command) == (found is not None)
+    if found:
+        assert command[command.index("-n") + 1] == str(os.cpu_count()) and environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_each_entry_that_is_tuned_is_an_item_and_the_tuned_table_is_measured(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("MOE3D_CACHE", str(tmp_path))
+    monkeypatch.setattr("moe3d.benchmark.tuning.precisions", lambda device: PRECISIONS)
+    context = Context("cpu", probes={"triton": RUNS, "cuda": RUNS})
+    tuned = [item.name for item in STAGES["tune"].items(context) if item.name.startswith("triton")]
+    assert tuned == [f"triton 518x518-8f-K{k}-{p}" for p in ("bf16", "tf32", "ieee") for k in (4, 1)]
+
+    def names():
+        return {name: [item.name for item in STAGES[name].items(context)] for name in ("fast", "tuned")}
+
+    untuned = names()
+    assert untuned["tuned"] == ["triton", "cuda"]
+    (tmp_path / "triton.json").write_text("{}")
+    first = names()
+    (tmp_path / "triton.json").write_text("{ }")
+    second = names()
+    for one, other in ((untuned, first), (first, second)):
+        assert not set(one["fast"]) & set(other["fast"])
+    assert first["tuned"][0].startswith("triton 518x518-8f-K4-bf16, table ") and first["tuned"] != second["tuned"]
 
 
 def test_both_formulations_of_the_cuda_backend_are_raced(monkeypatch):
@@ -63,9 +161,7 @@ def test_both_formulations_of_the_cuda_backend_are_raced(monkeypatch):
 
     monkeypatch.setattr("bench.gpu.calls.accuracy", judged)
     monkeypatch.setattr("moe3d.benchmark.suites.RACES", {"tail": type("Race", (), {"run": lambda *_: {}})()})
-    context = Context("cpu")
-    monkeypatch.setattr(context, "backends", {"cuda": None}, raising=False)
-    for item in STAGES["tune"].items(context):
+    for item in STAGES["tune"].items(Context("cpu", probes={"cuda": RUNS})):
         assert item.run() == {"errors": {}, "times_ms": {}}
     assert set(asked) == {("low-resolution", "cuda"), ("direct", "cuda")} and native_cuda.formulation() == "auto"
 
@@ -77,10 +173,10 @@ def test_a_backend_that_refuses_the_device_is_skipped_with_its_reason(monkeypatc
 
     monkeypatch.setitem(dispatch._REGISTRY, "cuda", OnlyElsewhere())
     monkeypatch.setitem(dispatch._REGISTRY, "cpu", ReferenceBackend())
-    backends = Context("cpu").backends
-    assert backends["cuda"] == "x is on the wrong device" and backends["cpu"] is None and "reference" not in backends
-    names = [item.name for item in STAGES["right"].items(Context("cpu"))]
-    assert "cuda" in names and "cpu 518x518-1f-K4-ieee" in names and "cpu op.md's matrix" in names
+    probes = {item.name: item.run for item in STAGES["probe"].items(Context("cpu"))}
+    with pytest.raises(Skip, match="x is on the wrong device"):
+        probes["cuda"]()
+    assert probes["cpu"]() is None and "reference" not in probes
 
 
 def test_accuracy_and_determinism_of_a_right_backend(monkeypatch):
@@ -167,6 +263,90 @@ def test_a_crash_costs_one_item(tmp_path, monkeypatch):
     assert "2 passed, 1 failed" in text and "failed: two: the process ended with code -11" in text
 
 
+def test_a_fault_that_stays_on_the_gpu_costs_one_item(tmp_path, monkeypatch):
+    """Every later call fails with it: the process ends and another one goes on, whatever the item says of it."""
+    faults = []
+
+    def synchronize():
+        if faults:
+            raise RuntimeError("an illegal memory access")
+
+    class Ended(BaseException):
+        pass
+
+    def leave(code):
+        faults.clear()
+        raise Ended(code)
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", leave)
+
+    def fails():
+        faults.append(1)
+        return broken()
+
+    path = tmp_path / "state.json"
+    items = [Item("fails", fails), Item("hides it", lambda: faults.append(1) or {}), Item("good", lambda: {})]
+
+    def worker(path, name, limit_s, attempt):
+        try:
+            work(State(path), name, items, attempt)
+        except Ended as end:
+            assert end.args == (DEVICE_LOST,)
+            return command.LOST
+        return None
+
+    monkeypatch.setattr(command, "_run_worker", worker)
+    command.run_stage(path, "right", limit_s=60, attempt="1")
+    entries = State(path).entries("right")
+    assert [entries[item.name]["status"] for item in items] == [FAILED, FAILED, PASSED] and len(entries) == 3
+    assert entries["fails"]["reason"] == "ValueError: sparks"
+    assert entries["hides it"]["reason"] == "it left the GPU with RuntimeError: an illegal memory access"
+
+
+def test_how_a_worker_ended_is_told(tmp_path, monkeypatch):
+    """And what it has started ends with it."""
+    popen = subprocess.Popen
+    for script, told in (
+        ("pass", None),
+        (f"raise SystemExit({DEVICE_LOST})", command.LOST),
+        ("import os; os.kill(os.getpid(), 11)", "the process ended with code -11"),
+        ("import signal, time; signal.setitimer(signal.ITIMER_REAL, .1); time.sleep(9)", "ran past its 60 s"),
+    ):
+        run = textwrap.dedent(script)
+        monkeypatch.setattr(command.subprocess, "Popen", lambda _, r=run, **o: popen([sys.executable, "-c", r], **o))
+        assert command._run_worker(tmp_path / "state.json", "right", 30, "1") == told
+    child = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, file=open(sys.argv[1], 'w'))"
+    pid = tmp_path / "pid"
+    monkeypatch.setattr(command.subprocess, "Popen", lambda _, **o: popen([sys.executable, "-c", child, str(pid)], **o))
+    assert command._run_worker(tmp_path / "state.json", "right", 30, "1") is None
+    stat = f"/proc/{pid.read_text().strip()}/stat"
+    deadline = time.monotonic() + 10
+    while os.path.exists(stat) and open(stat).read().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(stat) or open(stat).read().split()[2] == "Z"
+
+
+def test_an_item_that_hangs_ends_its_process_and_no_other_item(tmp_path):
+    script = f"""
+        import sys, time
+        import torch  # takes seconds, and the worker does it in the first item
+        sys.path.insert(0, {str(ROOT)!r})
+        from pathlib import Path
+        from bench.gpu.stages import Item
+        from bench.gpu.state import State
+        from bench.gpu.worker import work
+        items = [Item("quick", dict), Item("hangs", lambda: time.sleep(60)), Item("never", dict)]
+        work(State(Path(sys.argv[1])), "probe", items, "1", item_s=1.5)
+    """
+    path = tmp_path / "state.json"
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(path)], cwd=ROOT, timeout=60)
+    assert done.returncode == -signal.SIGALRM
+    statuses = {name: entry["status"] for name, entry in State(path).entries("probe").items()}
+    assert statuses == {"quick": PASSED, "hangs": RUNNING}
+
+
 def test_a_worker_that_hangs_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(command.sys, "executable", "/bin/sleep")
     popen = subprocess.Popen
@@ -183,18 +363,26 @@ def test_results_of_other_sources_are_not_taken_up(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.gpu.stages.ROOT", tmp_path)
     first = source_digest()
     (tmp_path / "moe3d" / "a.py").write_text("2")
-    assert len({digest, first, source_digest()}) == 3
+    second = source_digest()
+    (tmp_path / "kernels" / "tables.json").write_text("{}")
+    assert len({digest, first, second, source_digest()}) == 4
+    third = source_digest()
+    (tmp_path / "bench" / "results" / "gpu").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "gpu" / "a.json").write_text("{}")
+    assert source_digest() == third
 
 
 def test_all_stages_in_order_with_time_running_out(tmp_path, monkeypatch, capsys):
     ran = []
-    stages = {name: Stage(name, 60, lambda context: []) for name in ("build", "right")}
-    monkeypatch.setattr(command, "STAGES", stages)
+    monkeypatch.setattr(command, "STAGES", {n: Stage(n, 60, lambda context: []) for n in ("build", "probe", "right")})
     monkeypatch.setattr(command, "why_dry_run", lambda asked: None)
     monkeypatch.setattr(command, "run_stage", lambda path, name, limit, attempt: ran.append(name))
     assert command.main(["--out", str(tmp_path), "--commit", "abc"]) == 0
-    assert ran == ["build", "right"]
+    assert ran == ["build", "probe", "right"]
     (written,) = tmp_path.glob("*.json")
     assert json.loads(written.read_text())["commit"] == "abc"
+    ran.clear()
+    command.main(["--out", str(tmp_path), "right"])
+    assert ran == ["probe", "right"]  # the backends must be known
     command.main(["--out", str(tmp_path), "--minutes", "0"])
-    assert ran == ["build", "right"] and "not started, the 0 minutes are over" in capsys.readouterr().out
+    assert ran == ["probe", "right"] and "not started, the 0 minutes are over" in capsys.readouterr().out

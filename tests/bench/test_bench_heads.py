@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from moe3d.benchmark import heads
 from moe3d.benchmark.case import Case, random_weights
 from moe3d.benchmark.peers import BY_EXPERT, STOCK, STOCK_CACHED, features, single_head
+from moe3d.benchmark.race import Unavailable
 from moe3d.models.dpt import DPTHead
 
 CASE = Case(frames=9, height=28, width=42, experts=1, channels=16)  # 9: more than VGGT's chunk
@@ -69,6 +72,15 @@ def test_the_cached_embedding_is_built_once(monkeypatch):
 def test_judges_come_first_whatever_is_asked_for():
     field = heads.mini_field(Case(1, 28, 28, experts=2, channels=32), ["reference", STOCK])
     assert field.names == [STOCK_CACHED, STOCK, BY_EXPERT, "reference"]
+
+
+def test_the_cpu_backend_is_skipped_on_a_gpu(monkeypatch):
+    """Not refused, as what is wrong is: it has no place in that race."""
+    monkeypatch.setattr("moe3d.backends", lambda: {"cpu": None, "reference": None})
+    field = heads.mini_field(Case(1, 28, 28, experts=2, channels=32), ["cpu"])
+    field.case = replace(field.case, device="cuda")
+    with pytest.raises(Unavailable, match="works on the CPU"):
+        field._prepare("cpu")
 
 
 def test_contestants_share_everything_but_the_head():

@@ -55,6 +55,30 @@ def test_inputs_take_turns():
     assert [i for _, i in log] == [0, 1, 2, 3]
 
 
+def test_a_slow_second_call_does_not_decide_how_many_make_a_sample(monkeypatch):
+    """As torch.compile's, which records a CUDA graph: on a GPU everybody's samples take as long."""
+    took = {"graph": 2**-10, "quick": 2**-11, "slow": 2**-3}
+    clock = SimpleNamespace(now=0.0, calls=Counter())
+
+    def timed(run, device):
+        start = clock.now
+        run()
+        return clock.now - start
+
+    def caller(name, seconds):
+        def call(i):
+            clock.calls[name] += 1
+            clock.now += 1.0 if (name, clock.calls[name]) == ("graph", 2) else seconds
+
+        return Contestant(name, lambda: call, lambda outputs: NO_ERROR)
+
+    monkeypatch.setattr("moe3d.benchmark.race.time_call", timed)
+    outcomes = race([caller(name, seconds) for name, seconds in took.items()], "cuda", Effort(0, 1, 1))
+    assert {name: outcome.times for name, outcome in outcomes.items()} == {name: [s] for name, s in took.items()}
+    before = 1 + 4 + 3  # the check, the warm-up and the estimates
+    assert {name: calls - before for name, calls in clock.calls.items()} == {"graph": 11, "quick": 21, "slow": 1}
+
+
 @pytest.mark.parametrize("effort, rounds", [
     (Effort(20.0, 1, 100), 20),
     (Effort(20.5, 1, 100), 20),  # another would end too late

@@ -107,11 +107,14 @@ def test_the_summary_shows_ratios_overhead_and_the_papers_figures(records):
     mini = made_up_records(Case(height=154, channels=32), suite="mini")
     text = summary(records + mini)
     assert text.index("the tail: fused features to depth") < text.index("the whole MiniVGGT")
-    assert "154x518, 8 frames a call, K = 4, ieee, 3 interleaved rounds" in text
+    assert "154x518, 8 frames a call, K = 4, ieee, 3 interleaved rounds; time over the baseline's (range of 3" in text
     row = next(line for line in text.splitlines() if line.startswith("reference"))
     ratio = next(r for r in records if r.peer == "reference").ratio(STOCK)
     assert f"{ratio.value:.2f} ({ratio.low:.2f}..{ratio.high:.2f})" in row
     overhead = text[text.index("overhead of the mixture") :]
+    assert "8 frames" not in overhead and "1 frame, ieee (range of 3 rounds)" in overhead and "95%" not in text
+    many = summary(made_up_records(CASE, rounds=6))
+    assert "6 interleaved rounds; time over the baseline's (95% interval)" in many and "range" not in many
     assert f"{next(r for r in mini if r.peer == CONCATENATED).ratio(STOCK_CACHED).percent_more.value:+.1f}%" in overhead
     assert "GFLOPs +4.97% (the paper: +4.97%), parameters +0.79% (the paper: +0.79%)" in overhead
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
-from moe3d.benchmark.statistics import Ratio, quantiles, ratio_of_medians
+from moe3d.benchmark.statistics import Ratio, quantiles, ratio_of_medians, spread
 
 TIMES = st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40)
 
@@ -54,6 +54,13 @@ def test_the_interval_covers_the_truth():
         ratio = ratio_of_medians(1.1 * drift * rng.lognormal(0, 0.05, 15), drift * rng.lognormal(0, 0.05, 15))
         covered += ratio.low <= 1.1 <= ratio.high
     assert covered >= 180
+
+
+def test_of_few_rounds_there_is_a_range_and_no_interval():
+    a, b = [3.0, 1.0, 2.0, 5.0, 4.0], [2.0, 2.0, 2.0, 2.0, 1.0]
+    assert ratio_of_medians(a, b) == (1.5, 0.5, 4.0)
+    assert [spread(rounds) for rounds in (1, 3, 5)] == ["range of 1 round", "range of 3 rounds", "range of 5 rounds"]
+    assert spread(6) == "95% interval"
 
 
 def test_equal_times_give_equal_intervals():

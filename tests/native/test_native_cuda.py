@@ -47,7 +47,6 @@ def emulated(emulator, monkeypatch):
         return memory.fill_(torch.nan if memory.is_floating_point() else 255)
 
     monkeypatch.setitem(dispatch._REGISTRY, "cuda", emulation.EmulatedBackend(emulator))
-    monkeypatch.setattr(gpu, "convolutions_use_tf32", lambda: False)
     for module in (native, native_cuda):
         monkeypatch.setattr(module, "torch", _Patched(poisoned))
     yield

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe3d.benchmark.case import arithmetic
 from support import truth
-from support.accuracy import assert_as_accurate_as_pytorch
+from support.accuracy import assert_accurate_to_tf32, assert_as_accurate_as_pytorch
 from support.problems import Problem, random_problem
 
 POSITIVE = ("exp", "relu", "sigmoid")
@@ -91,6 +92,16 @@ def test_dtypes_and_precisions(runner, dtype, param_dtype, precision):
         pos=True,
         gate_logits=True,
     )
+
+
+@pytest.mark.parametrize("precision", ["tf32", "auto"])
+@pytest.mark.parametrize("channels", [6, 32])
+def test_tf32(runner, channels, precision):
+    """Asked for, and as "auto" where PyTorch's convolutions may use it: a GPU's default."""
+    if (runner.device, precision) == ("cpu", "tf32") and runner.backend in ("reference", "cpu"):
+        pytest.skip("it is arithmetic of GPUs")
+    with arithmetic("tf32"):
+        assert_accurate_to_tf32(runner, precision, channels=channels, pos=True, gate_logits=True)
 
 
 @pytest.mark.parametrize("mode", ["argmax", "switch"])

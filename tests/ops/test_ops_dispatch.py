@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import moe3d
-from moe3d.ops import dispatch
+from moe3d.benchmark.case import arithmetic
+from moe3d.ops import dispatch, gpu
 from moe3d.ops.backend import Backend
 from moe3d.ops.reference import ReferenceBackend
 from support.problems import random_problem
@@ -109,6 +110,14 @@ def test_the_backward_runs_on_the_backend_of_the_forward(monkeypatch):
     problem = random_problem().leaves()
     problem.run(backend="reference").prediction.sum().backward()
     assert other.ran == []
+
+
+def test_auto_precision_is_float32_in_these_tests():
+    """On every machine, unless a test asks for tf32, as PyTorch's default does."""
+    assert not gpu.convolutions_use_tf32()
+    with arithmetic("tf32"):
+        assert gpu.convolutions_use_tf32()
+    assert not gpu.convolutions_use_tf32()
 
 
 @pytest.fixture

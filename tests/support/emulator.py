@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from moe3d.ops import dispatch, gpu
+from moe3d.ops import dispatch
 from moe3d.ops.native_cuda import CUDABackend
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -128,6 +128,5 @@ class EmulatedBackend(CUDABackend):
 
 
 def install() -> None:
-    """From now on "cuda" is the emulator, and "auto" precision of float32 is float32: for whole suites of tests."""
+    """From now on "cuda" is the emulator: for whole suites of tests."""
     dispatch._REGISTRY["cuda"] = EmulatedBackend(Emulator(build()))
-    gpu.convolutions_use_tf32 = lambda: False

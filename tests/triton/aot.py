@@ -27,6 +27,12 @@ class Report(NamedTuple):
 
 
 def compile_launch(launch, capability: int) -> Report:
+    compiled = compiled_launch(launch, capability)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def compiled_launch(launch, capability: int):
+    """Triton's own object, with the code of every step in ``asm``."""
     signature, constexprs, attrs = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -48,8 +54,7 @@ def compile_launch(launch, capability: int) -> Report:
                 attrs[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs, attrs)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _read(cubin: bytes, shared: int) -> Report:

@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from aot import Report, compile_launch  # noqa: E402
+from aot import Report, compile_launch, compiled_launch  # noqa: E402
 
 from moe3d.kernels import passes, tables  # noqa: E402
 from moe3d.kernels.pack import Parameters  # noqa: E402
@@ -35,15 +35,15 @@ CASES = [
 ]
 
 
-def call(precision: Precision, variant: str) -> passes.Call:
+def call(precision: Precision, variant: str, experts: int = 4) -> passes.Call:
     """VGGT's tail with the paper's budget: C = 128, K = 4 experts of 32, a gate of 128."""
-    w1, gate = torch.zeros(4, 32, 128, 3, 3), torch.zeros(128, 128, 3, 3)
-    parameters = Parameters(w1, w1[..., 0, 0, 0], torch.zeros(4, 2, 32), torch.zeros(4, 2),
-                            gate, gate[:, 0, 0, 0], torch.zeros(4, 128), torch.zeros(4))  # fmt: skip
+    w1, gate = torch.zeros(experts, 32, 128, 3, 3), torch.zeros(128, 128, 3, 3)
+    parameters = Parameters(w1, w1[..., 0, 0, 0], torch.zeros(experts, 2, 32), torch.zeros(experts, 2),
+                            gate, gate[:, 0, 0, 0], torch.zeros(experts, 128), torch.zeros(experts))  # fmt: skip
     return passes.Call(
         x=torch.zeros(1, 128, 5, 5, dtype=precision.dtype).contiguous(memory_format=torch.channels_last),
         parameters=parameters, gate_logits=None, pos_x=torch.zeros(18, 64), pos_y=torch.zeros(9, 64), size=(9, 18),
-        mixing=Mixing(4, 2, "exp", "expp1", "mean", 1.0, 0.3, True), return_experts=False,
+        mixing=Mixing(experts, 2, "exp", "expp1", "mean", 1.0, 0.3, True), return_experts=False,
         skip_below=1e-6 if variant == "skip" else 0.0, precision=precision, multiprocessors=132,
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ def launches_of(this: passes.Call, capability: int, kind: str, variant: str) -> 
     """One launch of each kernel that the variant has to itself; the backward pass has one variant."""
 
     def config(kernel: str) -> tables.Config:
-        return tables.config(kernel, kind, (capability // 10, capability % 10), "none")
+        return tables.config(kernel, kind, (capability // 10, capability % 10), "none", this.columns)
 
     outputs = passes.new_outputs(this)
     if variant:
@@ -91,6 +91,27 @@ def test_compiled_kernels(case):
             assert report.matrix >= 2, f"{name} uses no matrix unit: {report}"
         if table["triton"] == triton.__version__:
             assert report._asdict() == pytest.approx(table[key(*case)][name], rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "experts"),
+    [(90, "half", 8), (90, "half", 16), (90, "tf32", 16), (80, "ieee", 8), (90, "ieee", 16)],
+)
+def test_many_experts_spill_nothing(capability, kind, experts):
+    this = call(PRECISIONS[kind], "", experts)
+    for name, launch in launches_of(this, capability, kind, "").items():
+        assert compile_launch(launch, capability).spills == 0, name
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_divisions_of_which_exactness_is_promised_are_exact(capability):
+    """`/` would be div.full.f32, up to 2 ulp off: no weight of exactly 1/K, no correctly rounded position."""
+    this = call(PRECISIONS["half"], "")
+    launches = launches_of(this, capability, "half", "columns") | launches_of(this, capability, "half", "")
+    for name in ("_upsample_kernel", "_downsample_kernel", "_column_table_kernel", "_forward_kernel"):
+        code = compiled_launch(launches[name], capability).asm["ptx"]
+        assert "div.rn.f32" in code, name
+        assert name == "_forward_kernel" or "div.full.f32" not in code, name  # its other quotients may be off
 
 
 def test_sizes_of_one_compile():

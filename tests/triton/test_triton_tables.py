@@ -36,10 +36,21 @@ def test_every_row_is_complete():
             assert {tables.Config(**entry).formulation for entry in kinds.values()} == {formulation}
 
 
+def test_groups_are_narrower_beside_more_columns_unless_they_were_tuned(user_file):
+    def width(columns, kernel="forward"):
+        return tables.config(kernel, "half", (9, 0), "Some GPU", columns, "C128-N640").max_width
+
+    assert [width(columns) for columns in (16, 32, 64, 128)] == [256, 128, 128, 64]
+    assert width(64, "weight_gradient") == width(16, "weight_gradient")
+    wide = tables.config("forward", "half", (9, 0), "Some GPU", 16)
+    tables.choose("forward", "half", "Some GPU", "C128-N640", wide)
+    assert width(64) == 256
+
+
 @pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
 def test_columns_are_raced_only_where_the_width_grows(kind):
     for wider in (False, True):
-        found = tables.candidates(kind, (9, 0), wider)
+        found = tables.candidates(kind, (9, 0), 16, wider)
         assert [c.name for c in found.values()] == list(found)
         assert ("columns" in {c.formulation for c in found.values()}) == wider
 
@@ -47,8 +58,8 @@ def test_columns_are_raced_only_where_the_width_grows(kind):
 def test_tuning_writes_the_fastest_that_runs(user_file):
     from triton.runtime.errors import OutOfResources
 
-    options = list(tables.candidates("half", (9, 0), True).values())
-    default = tables.config("forward", "half", (9, 0), "Some GPU", "C128-N256")
+    options = list(tables.candidates("half", (9, 0), 16, True).values())
+    default = tables.config("forward", "half", (9, 0), "Some GPU", 16, "C128-N256")
     assert options[0] == default and len(set(options)) == len(options)
 
     def time(config):
@@ -60,8 +71,8 @@ def test_tuning_writes_the_fastest_that_runs(user_file):
     fastest = tables.tune("forward", "half", "Some GPU", "C128-N256", options, time)
     assert fastest in options and fastest.num_stages <= default.num_stages
     assert tables.is_tuned("forward", "half", "Some GPU", "C128-N256")
-    assert tables.config("forward", "half", (9, 0), "Some GPU", "C128-N256") == fastest
-    assert tables.config("forward", "half", (9, 0), "Another GPU", "C128-N256") == default
+    assert tables.config("forward", "half", (9, 0), "Some GPU", 16, "C128-N256") == fastest
+    assert tables.config("forward", "half", (9, 0), "Another GPU", 16, "C128-N256") == default
     assert [p.name for p in user_file.parent.iterdir()] == ["triton.json"]
 
 
@@ -72,4 +83,5 @@ def test_nothing_that_runs_is_an_error(user_file):
         raise OutOfResources(1, 0, "shared memory")
 
     with pytest.raises(RuntimeError, match="Some GPU"):
-        tables.tune("forward", "half", "Some GPU", "any", list(tables.candidates("half", (8, 0), True).values()), time)
+        options = list(tables.candidates("half", (8, 0), 16, True).values())
+        tables.tune("forward", "half", "Some GPU", "any", options, time)

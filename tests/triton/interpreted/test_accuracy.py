@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.accuracy import assert_as_accurate_as_pytorch
+from support.accuracy import assert_accurate_to_tf32, assert_as_accurate_as_pytorch
 from support.backends import Runner
 
 RUNNER = Runner("triton", "cpu")
@@ -59,3 +59,7 @@ def test_modes(mode):
 
 def test_16_bit_operands():
     check(dtype=torch.float16, experts=2, source=(2, 2), size=(2, 3))
+
+
+def test_tf32_operands():
+    assert_accurate_to_tf32(RUNNER, "tf32", **SMALL | {"experts": 2, "pos": True})

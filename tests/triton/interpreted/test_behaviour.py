@@ -65,7 +65,7 @@ def test_weights_through_tma_give_the_same_bits(monkeypatch, tmp_path, skip_belo
     monkeypatch.setenv("MOE3D_CACHE", str(tmp_path))
     p = problem(channels=48, experts=2)
     direct, used = run(p, skip_below=skip_below), []
-    default = tables.config("forward", "ieee", (0, 0), "interpreter")
+    default = tables.config("forward", "ieee", (0, 0), "interpreter", 16)
     shape = "C48-N48-wider" + "-skip" * (skip_below > 0)
     tables.choose("forward", "ieee", "interpreter", shape, default._replace(tma=True))
     original = passes.forward
