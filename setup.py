@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -20,6 +21,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 CHOICES = ("auto", "cpu", "cuda", "off")
 CUDA_ARCHS = "80,90"  # by default; the newest one also as PTX, which newer GPUs compile for themselves
+RECORD = "_build.json"
 NO_NVCC = "no nvcc was found (named by CUDACXX, in CUDA_HOME, on PATH, or in /usr/local/cuda)"
 
 
@@ -55,7 +57,13 @@ def cuda_archs() -> str:
 
 def write_record(package: Path, cpu: str | None, cuda: str | None) -> None:
     """What was left out and why, for `moe3d info` (moe3d/_build.py reads it)."""
-    (package / "_build.json").write_text(json.dumps({"cpu": cpu, "cuda": cuda}) + "\n")
+    (package / RECORD).write_text(json.dumps({"cpu": cpu, "cuda": cuda}) + "\n")
+
+
+def remove_native(package: Path) -> None:
+    """An earlier build's module for this Python: an editable install leaves it in the checkout."""
+    for suffix in EXTENSION_SUFFIXES:
+        (package / f"_native{suffix}").unlink(missing_ok=True)
 
 
 class BuildFailure(Exception):
@@ -78,6 +86,16 @@ class BuildNative(build_ext):
             cpu = self.attempt(module)
         write_record(module.parent, cpu=cpu, cuda=cuda)
 
+    def copy_extensions_to_source(self):
+        """For an editable install: setuptools would copy no record, and fail where there is no module."""
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+            module = Path(self.get_ext_fullpath(ext.name))
+            remove_native(module.parent)  # first: to write over a file in use could crash the process that loaded it
+            if built.exists():
+                shutil.copy2(built, module)
+            shutil.copy2(built.parent / RECORD, module.parent)
+
     def attempt(self, module: Path, *parts: str) -> str | None:
         """Builds the C++ part and those named; why not, where a build may go on without."""
         try:
@@ -90,9 +108,11 @@ class BuildNative(build_ext):
         return None
 
     def cmake(self, module: Path, *parts: str) -> None:
-        import ninja
-        import pybind11
-
+        try:
+            import ninja
+            import pybind11
+        except ImportError as error:  # pip brings them, but not with --no-build-isolation
+            raise BuildFailure(f"{error.name} is not installed") from error
         build = Path(self.build_temp).resolve() / "-".join(("cpu", *(part.lower() for part in parts)))
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -112,13 +132,30 @@ class BuildNative(build_ext):
     def get_outputs(self):
         return [path for path in super().get_outputs() if Path(path).exists()]  # the module may have been left out
 
+    def get_output_mapping(self):
+        return {path: source for path, source in super().get_output_mapping().items() if Path(source).exists()}
+
 
 class BuildPython(build_py):
     def run(self):
+        if not self.editable_mode:
+            self.remove_leftovers()
         super().run()
-        if CHOICE == "off" and not self.editable_mode:
+        if CHOICE == "off":
+            package = Path(self.get_package_dir("moe3d") if self.editable_mode else Path(self.build_lib, "moe3d"))
             reason = "it was built with MOE3D_BUILD=off"
-            write_record(Path(self.build_lib) / "moe3d", cpu=reason, cuda=reason)
+            remove_native(package)
+            write_record(package, cpu=reason, cuda=reason)
+
+    def remove_leftovers(self) -> None:
+        """What an earlier build left and this one has not: all that lies in the build folder would be installed.
+
+        That goes for the native module and the record, too, which this build writes later.
+        """
+        ours = {Path(path).resolve() for path in self.get_outputs(include_bytecode=False)}
+        for path in Path(self.build_lib, "moe3d").resolve().rglob("*"):
+            if path.is_file() and path not in ours:
+                path.unlink()
 
 
 def run(command: list) -> None:
@@ -132,10 +169,15 @@ def run(command: list) -> None:
 
 
 def telling_line(output: str) -> str:
-    """The first error of CMake or of a compiler, or the last line; CMake says where before it says what."""
+    """The first error of CMake or of a compiler, or the last line; CMake says where before it says what.
+
+    An error is the word: "-- Performing Test HAS_ERRORS" tells of none.
+    """
     lines = [line.strip() for line in output.splitlines() if line.strip()] or [""]
-    at = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
-    return lines[at + 1] if lines[at].endswith("(message):") and at + 1 < len(lines) else lines[at]
+    wrong = (i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.I) and not line.startswith("--"))
+    at = next(wrong, len(lines) - 1)
+    only_where = re.fullmatch(r"CMake Error (at|in) .*:", lines[at])  # "... at CMakeLists.txt:2 (project):"
+    return lines[at + 1] if only_where and at + 1 < len(lines) else lines[at]
 
 
 CHOICE = choice()

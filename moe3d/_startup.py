@@ -8,6 +8,7 @@ takes over.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from typing import NoReturn
@@ -15,7 +16,8 @@ from typing import NoReturn
 
 def _is_command_line() -> bool:
     if sys.argv[0] == "-m":  # until Python has found the module, whose own name then takes its place
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1] == "moe3d"
+        # It stands before the module's own arguments, and may be joined to the option: -m moe3d, -um moe3d, -mmoe3d.
+        return re.fullmatch(r"(-[A-Za-z]*m)?moe3d", sys.orig_argv[-len(sys.argv)]) is not None
     return os.path.basename(sys.argv[0]) == "moe3d"
 
 

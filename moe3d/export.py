@@ -14,9 +14,10 @@ For example, a head whose number of images stays open:
 >>> [output.shape for output in outputs]
 [(5, 1, 28, 36), (5, 28, 36)]
 
-A patched VGGT takes ``(images,)`` [B, S, 3, H, W]; with ``dynamic_shapes=({1: torch.export.Dim("frames", min=1,
+A patched MiniVGGT takes ``(images,)`` [B, S, 3, H, W]; with ``dynamic_shapes=({1: torch.export.Dim("frames", min=1,
 max=64)},)`` the number of frames stays open (``min=2`` with PyTorch 2.9 and older). Batch, height and width are the
-example's: the position embedding is computed for them.
+example's: the position embedding is computed for them. VGGT's and Depth Anything 3's own backbones ask their data for a
+size (the rotary embedding's table), which ``torch.export`` refuses; their patched heads export.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from torch import nn
 from moe3d.atomic import output_folder, whole_file
 from moe3d.ops.schema import decompose_moe_head, moe_head_op
 from moe3d.ops.types import MoEOutput
+
+_BFLOAT16_OPSET = 22  # of ONNX's Conv
 
 
 def to_program(
@@ -84,10 +87,15 @@ def to_onnx(
         opset: ONNX's version of operators; None = PyTorch's default (18 or later).
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or computes in bfloat16, which convolutions have from opset 22 on.
         OSError: the file cannot be written.
     """
     program = to_program(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    if _computes_in_bfloat16(program) and (opset or 0) < _BFLOAT16_OPSET:
+        raise ValueError(
+            f"opset must be at least {_BFLOAT16_OPSET} for a model that computes in bfloat16, got {opset}; float16 is "
+            "what ONNX Runtime's CPU provider runs"
+        )
     inputs, outputs = _names(program)
     onnx = torch.onnx.export(
         program, (), dynamo=True, verbose=False, opset_version=opset, input_names=inputs, output_names=outputs
@@ -109,7 +117,8 @@ def to_aoti(
     """Compile a model ahead of time, for the device that it is on, into an AOTInductor package (``.pt2``).
 
     ``torch._inductor.aoti_load_package(path)`` gives a function with the model's arguments and outputs; C++ programs
-    load it without Python. Needs a C++ compiler, and minutes.
+    load it without Python. Needs a C++ compiler, and minutes. Sizes and types other than the example's are not noticed
+    when it runs, and give garbage: with AOTI_RUNTIME_CHECK_INPUTS=1 in the environment they are refused.
 
     Args:
         model, args, kwargs, dynamic_shapes: as for :func:`to_program`.
@@ -151,12 +160,20 @@ def _plain_outputs(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def _computes_in_bfloat16(program: torch.export.ExportedProgram) -> bool:
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in values)
+
+
 def _names(program: torch.export.ExportedProgram) -> tuple[list[str], list[str]]:
     """Of the inputs and outputs that are tensors; an output's name says where it stands in what the model returns."""
+    from torch.export.graph_signature import InputKind, TensorArgument
     from torch.utils import _pytree
 
     signature, spec = program.graph_signature, program.call_spec.out_spec
-    inputs = [name for name in signature.user_inputs if isinstance(name, str)]
+    # By their kind: of an argument that is no tensor, ``signature.user_inputs`` has the value, which may be a string.
+    given = [spec.arg for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    inputs = [argument.name for argument in given if isinstance(argument, TensorArgument)]
     positions = _pytree.tree_unflatten(range(spec.num_leaves), spec)
     paths = [_pytree.keystr(path) for path, _ in _pytree.tree_flatten_with_path(positions)[0]]
     outputs = [_name(path) for path, out in zip(paths, signature.user_outputs, strict=True) if out]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -13,9 +14,7 @@ from moe3d.ops import dispatch
 from moe3d.ops.activations import ACTIVATIONS, CONF_ACTIVATIONS
 from moe3d.ops.mixture import MODES
 from moe3d.ops.schema import AUTOCAST_DEVICES, moe_head_op
-from moe3d.ops.types import PARAMETERS, HeadOptions, HeadTensors, MoEOutput
-
-PRECISIONS = ("auto", "ieee", "tf32", "bf16")
+from moe3d.ops.types import PARAMETERS, PRECISIONS, HeadOptions, HeadTensors, MoEOutput
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -146,7 +145,8 @@ def check_number(argument: str, value: float, above_zero: bool = False) -> float
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument} must be {kind}, got {value!r}")
     # Comparisons, which are false for NaN: torch.compile cannot trace math.isfinite of a float that varies.
-    if not (0 < value if above_zero else 0 <= value) or not value <= sys.float_info.max:
+    too_large = isinstance(value, int) and value > sys.float_info.max
+    if not (0 < value if above_zero else 0 <= value) or not value < math.inf or too_large:
         raise ValueError(f"{argument} must be {kind}, got {value!r}")
     return float(value)
 

@@ -131,6 +131,6 @@ def _sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error.strerror}"
-    if isinstance(error, (ValueError, TypeError, RuntimeError, OSError)) and text:
+    if isinstance(error, (ValueError, TypeError, RuntimeError, OSError, ImportError)) and text:
         return f"error: {text}"
     return f"error: unexpected {type(error).__name__}{f': {text}' if text else ''} (--debug shows where)"

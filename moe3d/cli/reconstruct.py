@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from moe3d.cli.arguments import folder, integer, number, positive
-from moe3d.functional import PRECISIONS
 from moe3d.models import input_width, load_model
 from moe3d.ops.dispatch import AUTO, NAMES
 from moe3d.ops.mixture import MODES
+from moe3d.ops.types import PRECISIONS
 from moe3d.reconstruct.exports import EXPORTERS, Exporter, export_pictures
 from moe3d.reconstruct.frames import ReconstructedFrame
 from moe3d.reconstruct.points import PointSelection

@@ -66,7 +66,7 @@ def read_hdf5(path: Path, key: str = "dataset", index: Any = ()) -> np.ndarray:
     try:
         with h5py.File(path, "r") as file:
             return np.asarray(file[key][index])
-    except (OSError, KeyError, RuntimeError, ValueError, IndexError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError, IndexError, TypeError) as error:
         raise BrokenFrame(f"{path.name} cannot be read ({error})") from error
 
 

@@ -93,13 +93,21 @@ class KITTI(FolderDataset):
 
 def _find(root: Path) -> tuple[list[Path], Path | None]:
     """The drives with ground truth under the root, by name, and the folder of the cropped selection."""
-    drives, cropped = [], None
+    drives: list[Path] = []
+    cropped, seen = None, set()
     for folder, children, _ in os.walk(os.path.abspath(root), followlinks=True):
-        path = Path(folder)
+        path, place = Path(folder), os.path.realpath(folder)
+        if place in seen:  # a link, back to the root perhaps
+            children.clear()
+            continue
+        seen.add(place)
         if path.name == CROPPED:
             cropped = path
             children.clear()
         elif (path / GROUND_TRUTH).is_dir():
+            twin = next((drive for drive in drives if drive.name == path.name), None)
+            if twin is not None:
+                raise ValueError(f"two drives are named {path.name}, {twin} and {path}: narrow the root")
             drives.append(path)
             children.clear()
     return sorted(drives, key=lambda drive: drive.name), cropped

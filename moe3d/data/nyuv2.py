@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe3d.data.files import import_h5py, pinhole, read_hdf5
+import numpy as np
+
+from moe3d.data.files import BrokenFrame, import_h5py, pinhole, read_hdf5
 from moe3d.data.folder import FolderDataset, Frame
 
 # The toolbox's colour camera at 640x480; its principal point counts pixels from 1.
@@ -38,7 +40,11 @@ class NYUv2(FolderDataset):
         if not splits.exists():
             self._skip_sequence("nyuv2", "splits.mat is missing beside the labelled set")
             return []
-        return [f"{number:05d}" for number in sorted(loadmat(splits)[f"{self.split}Ndxs"].ravel().tolist())]
+        try:
+            numbers = loadmat(splits)[f"{self.split}Ndxs"].ravel().tolist()
+        except Exception as error:  # of SciPy's own kinds, too
+            raise ValueError(f"{splits} is not the labelled set's list of splits ({error})") from error
+        return [f"{number:05d}" for number in sorted(numbers)]
 
     def _list_files(self) -> list[str]:
         files = sorted(self.root.rglob("*.h5"))
@@ -57,8 +63,15 @@ class NYUv2(FolderDataset):
     def _read(self, sequence: str, name: str) -> Frame:
         if self._files:
             path = self._files[name]
-            image, depth = read_hdf5(path, "rgb").transpose(1, 2, 0), read_hdf5(path, "depth")
+            image, depth = _axes(path, read_hdf5(path, "rgb"), (1, 2, 0)), read_hdf5(path, "depth")
         else:
             path, index = self.root / LABELLED, int(name) - 1
-            image, depth = read_hdf5(path, "images", index).transpose(2, 1, 0), read_hdf5(path, "depths", index).T
+            image, depth = _axes(path, read_hdf5(path, "images", index), (2, 1, 0)), read_hdf5(path, "depths", index).T
         return Frame(image=image, depth=depth, intrinsics=INTRINSICS, extrinsics=None)
+
+
+def _axes(path: Path, image: np.ndarray, order: tuple[int, int, int]) -> np.ndarray:
+    """The image with its axes in this order."""
+    if image.ndim != 3:
+        raise BrokenFrame(f"{path.name} holds an image of {image.ndim} axes, not 3")
+    return image.transpose(order)

@@ -80,6 +80,8 @@ def _tagged(path: Path) -> bytes:
         content = path.read_bytes()
     except FileNotFoundError:
         raise BrokenFrame(f"{path.name} is missing") from None
+    except OSError as error:
+        raise BrokenFrame(f"{path.name} cannot be read ({error})") from error
     if content[:4] != np.array(TAG, "<f4").tobytes():
         raise BrokenFrame(f"{path.name} does not begin with the number {TAG}")
     return content[4:]

@@ -14,6 +14,7 @@ from moe3d.evaluation.points import POINT_KEYS, Cloud, Similarity, fit_similarit
 from moe3d.evaluation.predictions import Predictions
 from moe3d.geometry import scale_intrinsics, unproject
 
+_FAR = 1e100  # coordinates beyond it, whose squares overflow, count as not finite
 ALIGNMENTS = ("umeyama-icp", "median-icp", "none")
 POINT_SOURCES = ("depth", "head")
 
@@ -89,7 +90,7 @@ def score_sequence(
     if align not in ALIGNMENTS:
         raise ValueError(f"align must be one of {', '.join(ALIGNMENTS)}, got {align!r}")
     points = predicted_points(predictions, source)
-    compared = truth.valid & np.isfinite(points).all(axis=-1)
+    compared = truth.valid & (np.abs(points) < _FAR).all(axis=-1)  # false for NaN, too
     kept = compared
     if edge_filter is not None:
         kept = compared & np.stack([survives_edge_filter(depth, edge_filter) for depth in predictions.depth])
@@ -100,7 +101,7 @@ def score_sequence(
     distances = np.full(kept.shape, np.nan)
     if not kept.any():
         return MultiViewScore({**dict.fromkeys(POINT_KEYS), **counts}, distances, 1.0)
-    scale, aligned = _pre_align(points[kept], truth, kept, align, predictions.extrinsics[0])
+    scale, aligned = _pre_align(points[kept], truth, kept, align, predictions.extrinsics)
     surface = Cloud(truth.points[truth.valid])
     if align != "none":
         aligned = icp(aligned, surface).apply(aligned)
@@ -123,7 +124,7 @@ def predicted_points(predictions: Predictions, source: str) -> np.ndarray:
 
 
 def _pre_align(
-    points: np.ndarray, truth: GridTruth, kept: np.ndarray, align: str, camera: np.ndarray
+    points: np.ndarray, truth: GridTruth, kept: np.ndarray, align: str, cameras: np.ndarray
 ) -> tuple[float, np.ndarray]:
     """The scale, and the predicted points [N, 3] in the true world before ICP."""
     if align == "none":
@@ -131,12 +132,21 @@ def _pre_align(
     if align == "umeyama-icp":
         similarity = fit_similarity(points, truth.points[kept])
         return similarity.scale, similarity.apply(points)
-    to_camera, to_true_camera = _motion(camera), _motion(truth.extrinsics[0])
+    first = _first_known(cameras)
+    to_camera, to_true_camera = _motion(cameras[first]), _motion(truth.extrinsics[first])
     here, there = to_camera.apply(points), to_true_camera.apply(truth.points[kept])
     shift, true_shift = (np.array([0, 0, np.median(cloud[:, 2])]) for cloud in (here, there))
     spread, true_spread = _spread(here), _spread(there)
     scale = true_spread / spread if spread and true_spread else 1.0  # a point has none
     return scale, _inverse(to_true_camera).apply((here - shift) * scale + true_shift)
+
+
+def _first_known(cameras: np.ndarray) -> int:
+    """The first camera that is finite: the first of all, unless it was lost."""
+    known = np.isfinite(cameras).all(axis=(1, 2)).nonzero()[0]
+    if not len(known):
+        raise ValueError("align median-icp needs a camera that is finite, and these predictions hold none")
+    return int(known[0])
 
 
 def _spread(points: np.ndarray) -> float:

@@ -19,7 +19,8 @@ _CONFIG = (  # patch's arguments that belong to a trained head, rather than to t
     "num_experts", "gate_hidden", "init_noise", "temperature", "mode", "gap", "seed",
     "sharpen",
 )  # fmt: skip
-_LATER = {"sharpen"}  # not in the first files, which mean patch's default
+_ACTIVATIONS = ("activation", "conf_activation")  # the model's own: what the weights were trained under
+_LATER = {"sharpen", *_ACTIVATIONS}  # not in the first files, which mean patch's default and the model's own
 
 
 def save_head(model: nn.Module, path: str | os.PathLike) -> None:
@@ -68,12 +69,13 @@ def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         raise ValueError(f"{path} holds heads for a model of kind {trained_for!r}, but the model is {kind.name!r}")
     patched = kind.patched_heads(model)
     if patched:
-        _check_same_configuration(path, config, patched, kind)
+        _check_same_configuration(path, config, patched, f": call unpatch_{kind.name}(model) first")
         _load(path, patched, tensors)
         return model
     _check_sizes(path, config, tensors)
     try:
         _patch(model, path, config, kind)
+        _check_same_configuration(path, config, kind.patched_heads(model), "")
         _load(path, kind.patched_heads(model), tensors)
     except BaseException:
         kind.unpatch(model)
@@ -83,7 +85,7 @@ def load_head(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 def _config(tail) -> dict:
     image_gate = tail.image_gate.option if tail.image_gate is not None else False
-    return {key: getattr(tail, key) for key in _CONFIG} | {"image_gate": image_gate}
+    return {key: getattr(tail, key) for key in (*_CONFIG, *_ACTIVATIONS)} | {"image_gate": image_gate}
 
 
 def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor], str]:
@@ -104,8 +106,10 @@ def _read(path: Path) -> tuple[dict[str, dict], dict[str, Tensor], str]:
     try:
         config = json.loads(metadata["heads"])
         valid = bool(config) and config.keys() <= set(HEADS)
-        valid = valid and all(options.keys() | _LATER == {*_CONFIG, "image_gate"} for options in config.values())
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        valid = valid and all(
+            options.keys() | _LATER == {*_CONFIG, *_ACTIVATIONS, "image_gate"} for options in config.values()
+        )
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError):
         valid = False
     if not valid:
         raise ValueError(f"{path} holds no valid head configuration in its metadata")
@@ -125,21 +129,24 @@ def _check_sizes(path, config: dict[str, dict], tensors: dict[str, Tensor]) -> N
 def _patch(model: nn.Module, path, config: dict[str, dict], kind: Kind) -> None:
     try:
         for name, options in config.items():
-            kind.patch_head(model, name, **options)
+            kind.patch_head(model, name, **{key: value for key, value in options.items() if key not in _ACTIVATIONS})
     except TypeError as error:
         raise ValueError(f"{path} holds no valid head configuration in its metadata ({error})") from None
 
 
-def _check_same_configuration(path, config: dict, patched: dict, kind: Kind) -> None:
-    here = {name: _structure(_config(head.tail)) for name, head in patched.items()}
+def _check_same_configuration(path, config: dict, patched: dict, remedy: str) -> None:
     there = {name: _structure(options) for name, options in config.items()}
+    here = {name: _structure(_config(head.tail)) for name, head in patched.items()}
+    for name in here.keys() & there.keys():  # of the first files only the model knows the activations
+        here[name] = {key: value for key, value in here[name].items() if key in there[name]}
     if here != there:
-        raise ValueError(f"{path} holds heads {there}, but the model has {here}: call unpatch_{kind.name}(model) first")
+        raise ValueError(f"{path} holds heads {there}, but the model has {here}{remedy}")
 
 
 def _structure(config: dict) -> dict:
     """What the weights were trained for; the rest may differ between a file and the model it is loaded into."""
-    return {key: config[key] for key in ("num_experts", "gate_hidden", "image_gate", "temperature")}
+    keys = ("num_experts", "gate_hidden", "image_gate", "temperature", *_ACTIVATIONS)
+    return {key: config[key] for key in keys if key in config}
 
 
 def _load(path, heads: dict, tensors: dict[str, Tensor]) -> None:

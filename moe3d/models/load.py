@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from moe3d.integrations import load_head, patched_heads
 from moe3d.models.checkpoint import load_mini
 from moe3d.models.mini import MiniVGGT
+from moe3d.ops.dispatch import NAMES
 from moe3d.ops.mixture import MODES
+from moe3d.ops.types import PRECISIONS
 
 MINI = "mini"
 STOCK = "stock"
@@ -44,9 +46,9 @@ def load_model(
             but MiniVGGT need VGGT's own package, ``vggt``.
         head: the path of a head that :func:`~moe3d.integrations.save_head` wrote; "stock" for the model as it comes;
             None for the shipped MoE head on "mini" and for "stock" on all others.
-        mode: of the MoE head, in place of its file's: "mean", "argmax" or "switch".
-        sharpen: of the MoE head, in place of its file's: see :class:`~moe3d.nn.MoEHead`.
-        backend, precision, return_experts: of the MoE head, see :class:`~moe3d.nn.MoEHead`.
+        mode: of the MoE depth head, in place of its file's: "mean", "argmax" or "switch".
+        sharpen: of the MoE depth head, in place of its file's: see :class:`~moe3d.nn.MoEHead`.
+        backend, precision, return_experts: of the MoE heads, see :class:`~moe3d.nn.MoEHead`.
 
     Raises:
         FileNotFoundError: a file that is not there.
@@ -57,12 +59,13 @@ def load_model(
     model = _load_backbone(name, shipped_head=head is None)
     if head not in (None, STOCK):
         load_head(model, head)
-    tails = [patched.tail for patched in patched_heads(model).values()]
+    tails = {head: patched.tail for head, patched in patched_heads(model).items()}
     _check_options(name, tails, mode=mode, sharpen=sharpen, backend=backend, precision=precision)
-    for tail in tails:
-        tail.mode = mode or tail.mode
-        tail.sharpen = tail.sharpen if sharpen is None else sharpen
+    for tail in tails.values():
         tail.backend, tail.precision, tail.return_experts = backend, precision, return_experts
+    if "depth" in tails:
+        tails["depth"].mode = mode or tails["depth"].mode
+        tails["depth"].sharpen = tails["depth"].sharpen if sharpen is None else sharpen
     return model.eval()
 
 
@@ -84,9 +87,14 @@ def _load_backbone(name: str | os.PathLike[str], shipped_head: bool) -> nn.Modul
     )
 
 
-def _check_options(name, tails: list, mode: str | None, sharpen: int | None, **options: str) -> None:
+def _check_options(name, tails: dict, mode: str | None, sharpen: int | None, **options: str) -> None:
     if mode not in (None, *MODES):
         raise ValueError(f"mode must be None or one of {', '.join(MODES)}, got {mode!r}")
+    for option, known in (("backend", NAMES), ("precision", PRECISIONS)):
+        if options[option] not in known:
+            raise ValueError(f"{option} must be one of {', '.join(known)}, got {options[option]!r}")
+    if sharpen is not None and (isinstance(sharpen, bool) or not isinstance(sharpen, int) or sharpen < 0):
+        raise ValueError(f"sharpen must be None or an integer of at least 0, got {sharpen!r}")
     asked_for = {"mode": mode, "sharpen": sharpen} | {key: value for key, value in options.items() if value != "auto"}
     for key, value in asked_for.items():
         if value is not None and not tails:
@@ -149,7 +157,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds more than weights, or is no weights file, and is not loaded for safety"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:  # what torch.load raises on damaged files
+    except Exception as error:  # on damaged files torch.load raises whatever its parts do
         raise ValueError(f"{path} is not a whole weights file ({_first_line(error)})") from None
     if isinstance(state, dict):  # a training run's checkpoint holds the weights beside its optimizer's state
         state = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)

@@ -32,6 +32,7 @@ class HeadTensors(NamedTuple):
 
 
 PARAMETERS = HeadTensors._fields[1:9]  # the tensors that are the head's own
+PRECISIONS = ("auto", "ieee", "tf32", "bf16")
 
 
 class HeadOptions(NamedTuple):

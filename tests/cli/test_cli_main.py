@@ -184,6 +184,21 @@ def test_info_imports_no_heavy_library(tmp_path):
     assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("options", [["-um", "moe3d"], ["-mmoe3d"], ["-Bm", "moe3d"], ["-W", "default", "-m", "moe3d"]])
+def test_however_python_is_told_which_module(tmp_path, options):
+    done = _python(*options, "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"moe3d {moe3d.__version__}\n"), done.stderr
+
+
+@pytest.mark.parametrize("options", [["-um", "mine"], ["-mmine"]])
+def test_another_module_that_imports_this_package(tmp_path, options):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import moe3d\n")
+    (tmp_path / "mine" / "__main__.py").write_text("import signal\nprint(signal.getsignal(signal.SIGINT).__name__)\n")
+    done = _python(*options, cwd=tmp_path)
+    assert done.stdout == "default_int_handler\n", done.stderr
+
+
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_a_process_without_standard_streams_does_its_work(command, monkeypatch, closed):
     """As daemons have it; Python then has None in their place."""

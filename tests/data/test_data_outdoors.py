@@ -90,6 +90,17 @@ def test_kitti_photographs_where_the_raw_archives_put_them(tmp_path):
         open_dataset("kitti", tmp_path)
 
 
+def test_kitti_links_are_followed_once_and_a_drive_is_in_one_place(tmp_path):
+    drive = "2011_09_26_drive_0002_sync"
+    write_kitti_drive(tmp_path / "val", DRIVES.views())
+    for name in ("back", "again"):  # two of them make a path for every order of both
+        (tmp_path / name).symlink_to(tmp_path)
+    assert list(open_dataset("kitti", tmp_path).sequences) == [drive]
+    write_kitti_drive(tmp_path / "other", DRIVES.views())
+    with pytest.raises(ValueError, match=f"two drives are named {drive}, .* narrow the root"):
+        open_dataset("kitti", tmp_path)
+
+
 def test_kitti_a_day_without_calibration(tmp_path):
     write_kitti_drive(tmp_path, DRIVES.views(), "2012_01_01_drive_0001_sync")
     with pytest.raises(ValueError, match="skipped: no calibration is known for '2012_01_01'"):
@@ -154,6 +165,15 @@ def test_sintel_files_that_are_none(tmp_path, file, content, reason):
     dataset = open_dataset("sintel", tmp_path)
     assert dataset.load("alley_2", list(SINTEL.frames)).names == ["frame_0001", "frame_0003"]
     assert reason in dataset.skipped[0].reason
+
+
+def test_sintel_a_folder_in_place_of_a_file(tmp_path):
+    file = SINTEL.written(tmp_path) / "training" / "depth" / "alley_2" / "frame_0002.dpt"
+    file.unlink()
+    file.mkdir()
+    dataset = open_dataset("sintel", tmp_path)
+    assert dataset.load("alley_2", list(SINTEL.frames)).names == ["frame_0001", "frame_0003"]
+    assert dataset.skipped[0].reason.startswith("frame_0002.dpt cannot be read")
 
 
 def test_sintel_depth_from_70_metres_on_is_not_valid(tmp_path):

@@ -139,6 +139,10 @@ def test_nyuv2_labelled_damage(tmp_path):
     dataset = open_dataset("nyuv2", root)
     assert dataset.load("nyuv2", ["00002", "00009"]).names == ["00002"]
     assert dataset.skipped[0].reason.startswith("nyu_depth_v2_labeled.mat cannot be read")
+    for damaged in ({"x": np.ones(1)}, None):
+        savemat(root / "splits.mat", damaged) if damaged else (root / "splits.mat").write_bytes(b"cut")
+        with pytest.raises(ValueError, match=r"splits\.mat is not the labelled set's list of splits"):
+            open_dataset("nyuv2", root)
     (root / "splits.mat").unlink()
     with pytest.raises(ValueError, match=r"skipped: splits\.mat is missing beside the labelled set"):
         open_dataset("nyuv2", root)
@@ -156,6 +160,12 @@ def test_nyuv2_files(tmp_path):
         file["depth"] = depth[None]
     assert dataset.load("nyuv2", ["00001", "00002"]).names == ["00001"]
     assert dataset.skipped[1].reason == "the image is 48x64x3, the depth 1x48x64"
+    for image, reason in ((np.zeros((48, 64)), "2 axes, not 3"), ({}, "cannot be read")):
+        with h5py.File(root / FILES.depth, "a") as file:
+            del file["rgb"]
+            file.create_group("rgb") if isinstance(image, dict) else file.create_dataset("rgb", data=image)
+        assert dataset.load("nyuv2", ["00001", "00002"]).names == ["00001"]
+        assert reason in dataset.skipped[-1].reason
     (root / "train").mkdir()
     (root / "val" / "official" / "00001.h5").rename(root / "train" / "00002.h5")
     with pytest.raises(ValueError, match=r"two frames are named 00002, .* narrow the root"):

@@ -123,7 +123,7 @@ def test_normals_are_the_gradients_of_the_implicit_functions(kind, seed):
     twice = np.stack([outside(kind, points + 9 * s, size) - outside(kind, points - 9 * s, size) for s in steps])
     smooth = np.abs(twice - 9 * gradient).max(0, initial=0) < 1e-2 * np.abs(gradient).max(0, initial=1e-30)
     gradient = gradient / np.linalg.norm(gradient, axis=0)
-    assert smooth.sum() >= 0.9 * len(smooth)
+    assert (~smooth).sum() <= max(1, 0.1 * len(smooth))  # one may be on an edge, however few the rays hit
     assert ((gradient * normals).sum(0)[smooth] > 1 - 1e-4).all()
 
 

@@ -119,6 +119,22 @@ def test_a_camera_that_is_not_finite_loses_its_frame():
     assert metrics["nonfinite"] == SAMPLE.valid[1].sum() and metrics["acc_mean"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_world_is_the_first_camera_that_is_finite():
+    predictions = perfect(SAMPLE)
+    predictions.extrinsics[0] = np.nan
+    metrics = score(predictions, align="median-icp").metrics
+    assert metrics["nonfinite"] == SAMPLE.valid[0].sum() and metrics["acc_mean"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize("align", ["umeyama-icp", "median-icp", "none"])
+def test_depth_that_overflows_is_not_finite(align):
+    predictions = perfect(SAMPLE)
+    depth = predictions.depth.astype(np.float64)
+    depth[1, 2, 3] = 1e300
+    metrics = score(changed(predictions, depth=depth), align=align).metrics
+    assert metrics["nonfinite"] == int(SAMPLE.valid[1, 2, 3]) and metrics["acc_mean"] == pytest.approx(0, abs=1e-3)
+
+
 @pytest.mark.parametrize("align", ["umeyama-icp", "median-icp", "none"])
 @pytest.mark.parametrize("left", [0, 1])
 def test_almost_nothing_left(align, left):

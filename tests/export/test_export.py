@@ -115,6 +115,27 @@ def test_exporting_leaves_the_model_as_it_was():
     assert head(torch.randn(1, 4, 3, 3), (6, 6)).prediction.requires_grad
 
 
+def test_inputs_are_named_by_what_they_are(tmp_path):
+    class Chooses(torch.nn.Module):
+        def forward(self, x, strategy="sum", y=None, z=None):
+            return x + 2 * y + 3 * z if strategy == "sum" else x
+
+    path, (x, y, z) = tmp_path / "a.onnx", torch.randn(3, 2, 2)
+    moe3d.export.to_onnx(Chooses().eval(), (x,), path, {"strategy": "sum", "y": y, "z": z})
+    session = onnxruntime.InferenceSession(path)
+    assert [given.name for given in session.get_inputs()] == ["x", "y", "z"]
+    (found,) = session.run(None, {"x": x.numpy(), "y": y.numpy(), "z": z.numpy()})
+    assert (torch.from_numpy(found) - (x + 2 * y + 3 * z)).abs().max() < 1e-5
+
+
+def test_bfloat16_needs_an_opset_that_has_it(tmp_path):
+    head = moe3d.MoEHead(4, num_experts=2, precision="bf16").eval()
+    args = (torch.randn(1, 4, 3, 3), (6, 6))
+    with pytest.raises(ValueError, match="opset must be at least 22 for a model that computes in bfloat16, got None"):
+        moe3d.export.to_onnx(head, args, tmp_path / "head.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_refused(tmp_path):
     head = moe3d.MoEHead(4, num_experts=2)
     args = (torch.randn(1, 4, 3, 3), (6, 6))

@@ -189,6 +189,15 @@ def test_a_model_patched_otherwise(whole, changes):
 
 
 @pytest.mark.parametrize("patched", [False, True])
+def test_a_model_with_other_activations(whole, patched):
+    model = models.mini()
+    model.depth_head.activation = "relu"
+    if patched:
+        moe3d.patch_vggt(model, heads=BOTH, **TRAINED)
+    assert_refused(model, whole, "'activation': 'exp'.*but the model has .*'activation': 'relu'")
+
+
+@pytest.mark.parametrize("patched", [False, True])
 def test_a_model_of_another_width(whole, patched):
     model = models.mini(features=64)
     if patched:

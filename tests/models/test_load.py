@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe3d.integrations import patch_vggt, patched_heads, save_head
-from moe3d.models import input_width, load_mini, load_model, save_mini
+from moe3d.models import MiniVGGT, input_width, load, load_mini, load_model, save_mini
 from support.models import mini, predict, real, state
 
 
@@ -57,9 +57,29 @@ def test_options_of_a_moe_head_need_one(mini_files, option):
         load_model("mini", "stock", **option)
 
 
-def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="mode must be None or one of mean, argmax, switch, got 'median'"):
-        load_model("mini", mode="median")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"mode": "median"}, "mode must be None or one of mean, argmax, switch, got 'median'"),
+        ({"sharpen": -1}, "sharpen must be None or an integer of at least 0, got -1"),
+        ({"backend": "fast"}, "backend must be one of auto, .*, got 'fast'"),
+        ({"precision": "fp8"}, "precision must be one of auto, ieee, tf32, bf16, got 'fp8'"),
+    ],
+    ids=str,
+)
+def test_an_unknown_option_is_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        load_model("mini", **option)
+
+
+def test_how_to_decode_is_for_the_depth_head(tmp_path, monkeypatch):
+    small = {"embed_dim": 32, "num_heads": 2, "features": 32, "enable_point": True}
+    monkeypatch.setattr(load, "_load_backbone", lambda name, shipped_head: MiniVGGT(**small))
+    save_head(patch_vggt(MiniVGGT(**small), 2, 8, heads=("depth", "point")), tmp_path / "head.safetensors")
+    model = load_model("mini", tmp_path / "head.safetensors", mode="switch", sharpen=2)
+    assert (model.depth_head.tail.mode, model.depth_head.tail.sharpen) == ("switch", 2)
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 28, 42))["depth"].isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["maxi", "no/such/file", "no/such.safetensors", "/nowhere"])
@@ -85,8 +105,9 @@ class _Malicious:
         ("a.pt", b"no weights", "a.pt holds more than weights, or is no weights file"),
         ("a.pt", pickle.dumps(_Malicious(), protocol=2), "a.pt holds more than weights, or is no weights file"),
         ("a.pt", b"PK\x03\x04 truncated", "a.pt is not a whole weights file"),
+        ("a.pt", b"\x80\x02a.", "a.pt is not a whole weights file"),  # IndexError: pop from empty list
     ],
-    ids=["safetensors", "text", "pickle", "zip"],
+    ids=["safetensors", "text", "pickle", "zip", "empty stack"],
 )
 def test_damaged_and_dangerous_files_are_refused(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)

@@ -203,6 +203,11 @@ def test_required_arguments(missing):
         moe_head(**given)
 
 
+def test_an_integer_beyond_all_floats_is_not_finite():
+    with pytest.raises(ValueError, match="temperature must be a finite number above 0, got 1000"):
+        moe_head(**arguments(temperature=10**400))
+
+
 def test_numbers_of_other_types_are_numbers():
     """numpy scalars and integers come out of configuration files."""
     plain = moe_head(**arguments(temperature=2.0, gap=1.0))
