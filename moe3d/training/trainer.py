@@ -244,7 +244,7 @@ class Trainer:
     @contextmanager
     def _trained_decode(self) -> Iterator[None]:
         """The head as it will predict once it is trained."""
-        before = {name: getattr(self.tail, name) for name in ("mode", "temperature", "sharpen", "gap")}
+        before = {name: getattr(self.tail, name) for name in ("mode", "temperature", "sharpen")}
         if self.decode is not None:
             self.decode(self.tail)
         try:
