@@ -20,7 +20,7 @@ from moe3d.ops.types import PRECISIONS
 from moe3d.reconstruct.exports import EXPORTERS, Exporter, export_pictures
 from moe3d.reconstruct.frames import ReconstructedFrame
 from moe3d.reconstruct.points import PointSelection
-from moe3d.reconstruct.run import Job, reconstruct
+from moe3d.reconstruct.run import Job, file_stamp, reconstruct
 from moe3d.viz.pictures import gate_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,7 +169,7 @@ def load(args: argparse.Namespace, device: torch.device) -> nn.Module:
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What tells the model and its settings from others."""
     named = {name: getattr(args, name) for name in ("model", "head", "mode", "sharpen", "precision", "width")}
-    return named | {f"{name}_file": _stamp(named[name]) for name in ("model", "head")}
+    return named | {f"{name}_file": file_stamp(Path(named[name] or "")) for name in ("model", "head")}
 
 
 def choose_device(name: str) -> torch.device:
@@ -214,11 +214,3 @@ def kinds(text: str) -> list[str]:
         if name not in ALL_EXPORTERS:
             raise argparse.ArgumentTypeError(f"must be of {','.join(ALL_EXPORTERS)}, got '{name}'")
     return list(dict.fromkeys(names))
-
-
-def _stamp(name: str | None) -> list[int] | None:
-    """Size and time of the file that an argument may name."""
-    if name is None or not Path(name).is_file():
-        return None
-    stat = Path(name).stat()
-    return [stat.st_size, stat.st_mtime_ns]

@@ -114,7 +114,7 @@ def reconstruct(job: Job, selection: PointSelection, exports: Mapping[str, Expor
 def _settings(job: Job, inputs: Sequence[Path]) -> dict[str, Any]:
     """What the frames depend on, as it comes back from JSON."""
     settings = {
-        "inputs": [[str(path.resolve()), *_stamp(path)] for path in inputs],
+        "inputs": [[str(path.resolve()), file_stamp(path)] for path in inputs],
         "fps": job.fps,
         "dtype": str(job.dtype).removeprefix("torch."),
         "experts": job.keep_hypotheses,
@@ -124,12 +124,12 @@ def _settings(job: Job, inputs: Sequence[Path]) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time; of a link that leads nowhere, which reading will complain of, zeros."""
-    if not path.exists():
-        return 0, 0
+def file_stamp(path: Path) -> list[int] | None:
+    """Size and time, by which a file is known to be the same; None where there is none."""
+    if not path.is_file():
+        return None
     stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _check_ours(final: Path) -> None:
