@@ -52,8 +52,8 @@ def project(points: Tensor, intrinsics: Tensor, extrinsics: Tensor | None = None
         extrinsics: [..., 3, 4] world-to-camera, or ``None``.
 
     Returns:
-        ``(pixels, depth)``: [..., N, 2] as (column, row), and [..., N] planar depth. Where depth <= 0 the point lies
-        behind the camera and its pixel has no meaning.
+        Pixels [..., N, 2] as (column, row), and planar depth [..., N]. Where depth <= 0 the point lies behind the
+        camera and its pixel has no meaning.
 
     Raises:
         ValueError: if a matrix has the wrong shape.
@@ -116,7 +116,7 @@ def decode_pose(pose_enc: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor
         size: (height, width) of the image.
 
     Returns:
-        ``(extrinsics, intrinsics)``: [..., 3, 4] world-to-camera and [..., 3, 3] in pixels.
+        Extrinsics [..., 3, 4], world-to-camera, and intrinsics [..., 3, 3] in pixels.
 
     Raises:
         ValueError: if the last dimension is not 9.

@@ -33,7 +33,7 @@ def open_dataset(name: str, root: str | PathLike[str] | None = None, split: str 
         split: a part of the dataset; ``None`` is the one that evaluations use.
 
     Returns:
-        A :class:`~moe3d.data.sample.Dataset`: ``.sequences`` (sequence name -> frame names), ``.load(sequence,
+        A :class:`~moe3d.data.sample.Dataset` with ``.sequences`` (sequence name -> frame names), ``.load(sequence,
         frames)`` -> :class:`~moe3d.data.sample.Sample`, ``.has_poses``, ``.max_depth`` and ``.skipped``.
 
     Raises:

@@ -32,9 +32,11 @@ class Skipped:
     """A frame, or a whole sequence, that a dataset leaves out."""
 
     sequence: str
+    """Its name."""
     frame: str | None
-    """``None``: the whole sequence."""
+    """Its name; ``None``: the whole sequence."""
     reason: str
+    """One sentence."""
 
 
 class AllFramesSkipped(ValueError):

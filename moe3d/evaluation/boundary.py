@@ -120,9 +120,9 @@ def edge_distances(predicted: np.ndarray, true: np.ndarray) -> tuple[float | Non
         predicted, true: [H, W] bool.
 
     Returns:
-        accuracy: mean distance to a true edge of the predicted edges less than 10 px from one; completeness: mean
-        distance, at most 10 px, of the edges of either map to the other. Both are 10 without a predicted edge less than
-        10 px from a true one, both None without true edges.
+        Accuracy, the mean distance to a true edge of the predicted edges less than 10 px from one; and completeness,
+        the mean distance, at most 10 px, of the edges of either map to the other. Both are 10 without a predicted edge
+        less than 10 px from a true one, both None without true edges.
     """
     if not true.any():
         return None, None

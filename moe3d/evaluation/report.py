@@ -47,7 +47,7 @@ def boundary_report(prediction, truth, valid, intrinsics=None, edge_filter: floa
             and `coverage` change, the metrics of edge maps do not.
 
     Returns:
-        JSON-ready: the keys of `MEAN_KEYS`, `flying_rate` (eta 0.05, beta 0.2), `nonfinite`, and the counts of
+        JSON-ready, with the keys of `MEAN_KEYS`, `flying_rate` (eta 0.05, beta 0.2), `nonfinite`, and the counts of
         `flying_sweep` under `protocol`. None is undefined.
 
     Raises:
@@ -85,7 +85,7 @@ def aggregate_boundary(reports: Sequence[dict], scenes: Sequence[Hashable] | Non
         scenes: the scene of each image, for the confidence interval; by default each image is a scene of its own.
 
     Returns:
-        The same keys: plain means over the images where a metric is defined, `flying_rate` as total flying / total
+        The same keys, with plain means over the images where a metric is defined, `flying_rate` as total flying / total
         boundary pixels, `nonfinite` summed; and `flying_rate_ci`, its 95% interval (`flying_rate_interval`).
 
     Raises:

@@ -11,20 +11,29 @@ class HeadTensors(NamedTuple):
     """The operation's tensors, in the operator's order; the same shape also holds one gradient, or one flag, for each.
 
     B images, C channels, K experts, Hd and Hg hidden channels of an expert and of the gate, O output channels.
+
+    Attributes:
+        x: [B, C, h, w].
+        expert_w1, expert_b1: [K, Hd, C, 3, 3] and [K, Hd].
+        expert_w2, expert_b2: [K, O, Hd] and [K, O].
+        gate_w1, gate_b1: [Hg, C, 3, 3] and [Hg]; None, as the two below, where K = 1.
+        gate_w2, gate_b2: [K, Hg] and [K].
+        gate_logits: [B, K, H, W] or None.
+        pos_x, pos_y: [W, C/2] and [H, C/2], or None; never differentiated.
     """
 
-    x: Any  #            [B, C, h, w]
-    expert_w1: Any  #    [K, Hd, C, 3, 3]
-    expert_b1: Any  #    [K, Hd]
-    expert_w2: Any  #    [K, O, Hd]
-    expert_b2: Any  #    [K, O]
-    gate_w1: Any  #      [Hg, C, 3, 3], or None (as the three below) where K = 1
-    gate_b1: Any  #      [Hg]
-    gate_w2: Any  #      [K, Hg]
-    gate_b2: Any  #      [K]
-    gate_logits: Any  #  [B, K, H, W] or None
-    pos_x: Any  #        [W, C/2] or None; never differentiated
-    pos_y: Any  #        [H, C/2] or None; never differentiated
+    x: Any
+    expert_w1: Any
+    expert_b1: Any
+    expert_w2: Any
+    expert_b2: Any
+    gate_w1: Any
+    gate_b1: Any
+    gate_w2: Any
+    gate_b2: Any
+    gate_logits: Any
+    pos_x: Any
+    pos_y: Any
 
     @property
     def has_gate(self) -> bool:
@@ -55,10 +64,18 @@ class HeadOptions(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """What the head returns: float32 for 16-bit inputs, otherwise the dtype of ``x``."""
+    """What the head returns: float32 for 16-bit inputs, otherwise the dtype of ``x``.
 
-    prediction: Tensor  #         [B, O-1, H, W] (all O channels without a confidence)
-    confidence: Tensor | None  #  [B, H, W]
-    entropy: Tensor  #            [B, H, W], nats
-    weights: Tensor | None  #     [B, K, H, W]
-    hypotheses: Tensor | None  #  [B, K, O-1, H, W]
+    Attributes:
+        prediction: [B, O-1, H, W] (all O channels without a confidence).
+        confidence: [B, H, W], or None without one.
+        entropy: [B, H, W], of the gate's weights, in nats.
+        weights: [B, K, H, W], with ``return_experts``; else None.
+        hypotheses: [B, K, O-1, H, W], each expert's prediction, with ``return_experts``; else None.
+    """
+
+    prediction: Tensor
+    confidence: Tensor | None
+    entropy: Tensor
+    weights: Tensor | None
+    hypotheses: Tensor | None

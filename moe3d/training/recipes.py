@@ -46,24 +46,29 @@ class Recipe:
     camera_weight: float = 0.0
     """Of VGGT's camera loss, where the camera head is trained."""
     expected_cost_weight: float = 0.0
+    """Of :func:`~moe3d.losses.expected_cost_loss`."""
     level_weight: float = 0.0
     """Of L1 in log depth on the mixed depth: what a likelihood at the local level leaves open."""
     temperature: Schedule = CONSTANT_ONE
     """Of the gate's softmax."""
     num_experts: int = 4
+    """K."""
     gate_hidden: int = 128
+    """Hidden channels of the gate."""
     image_gate: bool | str = False
+    """See :class:`~moe3d.nn.MoEHead`."""
     init_noise: float = 0.3
     """Of the experts, relative to each tensor's standard deviation."""
     spread: float = 0.0
     """Experts begin apart: evenly between so much nearer and so much farther, in log depth."""
     mode: str = "mean"
-    """How the trained head decodes ..."""
+    """How the trained head decodes."""
     decode_temperature: float = 1.0
-    """... with the temperature of the last step multiplied by this: below 1 a mean keeps more to one expert."""
+    """The trained head's temperature is the last step's, times this: below 1 a mean keeps more to one expert."""
     gap: float = 0.3
+    """Of the mode "switch", in log depth."""
     sharpen: int = 0
-    """... and so many passes of :func:`moe3d.sharpen.sharpen` after it."""
+    """After decoding, so many passes of :func:`moe3d.sharpen.sharpen`."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
