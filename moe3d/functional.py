@@ -66,12 +66,13 @@ def moe_head(
         gap: the threshold of "switch", in log depth.
         return_experts: also return weights and hypotheses.
         skip_below: experts whose weight stays below it in a whole tile may be left out; 0 = never.
-        backend: "auto" (the fastest that can run), "triton", "cuda", "cpu" or "reference".
+        backend: "auto" (the faster of "cpu" and "reference" that can run), or a name: "triton" or "cuda", which have
+            not run on a GPU yet, "cpu" or "reference".
         precision: arithmetic of the convolutions: "auto" (PyTorch's own), "ieee", "tf32" or "bf16".
 
     Returns:
-        MoEOutput: prediction [B, O-1, H, W], confidence [B, H, W] or None, entropy [B, H, W] (nats), weights
-        [B, K, H, W] or None, hypotheses [B, K, O-1, H, W] or None; float32 for 16-bit inputs.
+        prediction [B, O-1, H, W], confidence [B, H, W] or None, entropy [B, H, W] (nats), weights [B, K, H, W] or None,
+        hypotheses [B, K, O-1, H, W] or None; float32 for 16-bit inputs.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, device, shape or range; the message names it.

@@ -126,7 +126,7 @@ class MoEHead(nn.Module):
         every expert from it.
 
         Raises:
-            ValueError: a block of another structure, a negative or non-finite ``init_noise``.
+            TypeError, ValueError: a block of another structure, an argument of the wrong kind or out of range.
         """
         first, last = check_conv_block(block)
         init_noise = check_number("init_noise", init_noise)

@@ -67,7 +67,8 @@ def patch_da3(
         The same model. Undo with :func:`unpatch_da3`. A stock checkpoint still loads, strictly.
 
     Raises:
-        ValueError: an unsuitable or already patched model, an argument out of range; the model is then untouched.
+        TypeError, ValueError: an unsuitable or already patched model, an argument of the wrong kind or out of range;
+            the model is then untouched.
     """
     name, head = _head_of(model)
     if isinstance(head, PatchedDA3Head):

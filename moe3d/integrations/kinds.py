@@ -77,7 +77,7 @@ def patch(model: nn.Module, num_experts: int = 4, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: no kind fits, or as that function; the model is then untouched.
-        TypeError: an option that this kind of model does not have.
+        TypeError: an option that this kind of model does not have, or as that function.
     """
     return kind_of(model).patch(model, num_experts, **options)
 

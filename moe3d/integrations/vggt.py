@@ -59,7 +59,8 @@ def patch_vggt(
         The same model. Undo with :func:`unpatch_vggt`. A stock checkpoint still loads, strictly.
 
     Raises:
-        ValueError: an unsuitable or already patched model, an argument out of range; the model is then untouched.
+        TypeError, ValueError: an unsuitable or already patched model, an argument of the wrong kind or out of range;
+            the model is then untouched.
     """
     names = _check_heads(heads)
     if head_dtype not in (None, torch.bfloat16, torch.float16):

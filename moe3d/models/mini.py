@@ -156,7 +156,7 @@ class CameraHead(nn.Module):
 
 
 class MiniVGGT(nn.Module):
-    """A network of about 4 million parameters with VGGT's attributes, calls and outputs.
+    """A network of 4.5 million parameters with VGGT's attributes, calls and outputs.
 
     Args:
         embed_dim: channels of a token; at 128 the encoder is as wide as EfficientNet-Lite0.
