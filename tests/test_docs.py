@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import moe3d
+from moe3d.data import DATASETS
+from moe3d.data.folder import FolderDataset
+from moe3d.data.synthetic import render_scene
 from support.models import real
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SHORTER = {"train_the_head": ["--steps", "2"]}
+SHORTER = {"train_the_head": ["--steps", "2"], "own_dataset": ["--help"]}
 CARD = Path(moe3d.__file__).parent / "models/weights/MODEL_CARD.md"  # the package may be an installed one
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "bench").glob("*.md")), CARD]
 SITE = sorted((ROOT / "docs").rglob("*.md"))  # whose links to files are checked where the site is built
@@ -46,6 +52,30 @@ def test_the_site_builds_without_a_warning(tmp_path):
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(example, tmp_path):
     assert _run([example, *SHORTER.get(example.stem, [])], tmp_path).strip()
+
+
+def test_a_dataset_of_ones_own_is_evaluated(tmp_path):
+    scene = render_scene(0, (70, 84), frames=1)
+    for kind, pixels in (("image", scene.images[0].permute(1, 2, 0) * 255), ("depth", scene.depth[0] * 1000)):
+        (tmp_path / "root/room" / kind).mkdir(parents=True)
+        picture = pixels.numpy().astype(np.uint8 if kind == "image" else np.uint16)
+        Image.fromarray(picture).save(tmp_path / "root/room" / kind / "0001.png")
+    command = [ROOT / "examples/own_dataset.py", "eval", "depth", "--dataset", "mine", "--root", tmp_path / "root"]
+    assert "abs_rel" in _run(command, tmp_path)
+
+
+def test_the_table_of_datasets_is_the_registrys():
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| (yes|no) \| ([\w, ]*?) ?\| (.+) \|$", (ROOT / "docs/reference/data.md").read_text(), re.M
+    )
+    assert sorted(name for name, *_ in rows) == sorted(DATASETS)
+    for name, poses, parts, depth in rows:
+        module, factory = DATASETS[name].split(":")
+        dataset = getattr(import_module(module), factory)
+        assert dataset.has_poses == (poses == "yes"), name
+        assert dataset.max_depth == (math.inf if depth == "all" else float(depth.removeprefix("< "))), name
+        if issubclass(dataset, FolderDataset):
+            assert dataset.splits == tuple(parts.split(", ") if parts else ()), name
 
 
 @pytest.mark.real_vggt
