@@ -18,7 +18,7 @@ steps = parser.parse_args().steps
 model = moe3d.load_mini()
 moe3d.patch_vggt(model, num_experts=4, init_noise=0.3)
 model.requires_grad_(False)
-tail = model.depth_head.tail.requires_grad_(True)  # the experts and the gate
+tail = model.depth_head.tail.requires_grad_(True).train()  # the experts and the gate
 optimizer = torch.optim.AdamW(tail.parameters(), lr=1e-3)
 
 dataset = open_dataset("synthetic", split="train")
@@ -27,9 +27,9 @@ for step in range(steps):
     sequence = sequences[step % len(sequences)]
     sample = dataset.load(sequence, dataset.sequences[sequence][:2])
     predictions = model(sample.images)
-    depth = predictions["depth"][0, ..., 0]
-    scale = (sample.depth[sample.valid].median() / depth[sample.valid].median()).detach()  # depth is known up to it
-    loss = moe_depth_loss(scale * depth, sample.depth, sample.valid)
+    depths = predictions["depth"][0, ..., 0], sample.depth  # each in a unit of its own
+    depth, truth = (depth / depth[sample.valid].median().detach() for depth in depths)
+    loss = moe_depth_loss(depth, truth, sample.valid)
     loss = loss + 0.01 * entropy_loss(predictions["depth_entropy"])
     optimizer.zero_grad()
     loss.backward()
