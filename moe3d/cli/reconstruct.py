@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--experts", action="store_true", help="keep each expert's depth, too")
     add("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
-    add("--precision", default="auto", choices=PRECISIONS, help="of the head's convolutions")
+    add("--precision", default="auto", choices=PRECISIONS, help="of the head's convolutions (default: %(default)s)")
     add("--device", default="auto", help="'cpu', 'cuda' or 'cuda:N' (default: a GPU if there is one)")
     add(
         "--dtype",
@@ -106,7 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KINDS",
         help=f"any of {','.join(ALL_EXPORTERS)} (default: %(default)s)",
     )
-    add("--points", default="depth", choices=("depth", "head"), help="from depth and camera, or the point head's")
+    add(
+        "--points",
+        default="depth",
+        choices=("depth", "head"),
+        help="from depth and camera, or the point head's (default: %(default)s)",
+    )
     add(
         "--conf-percentile",
         type=number(0, 100),

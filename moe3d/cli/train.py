@@ -77,16 +77,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     schedule = "a number, or START:END:constant|linear|cosine|exponential[:PART OF THE RUN]"
     model.add_argument(
-        "--entropy-weight", type=_schedule, metavar="W", help=f"relative to the depth loss before training; {schedule}"
+        "--entropy-weight",
+        type=_schedule,
+        metavar="W",
+        help=f"relative to the depth loss before training; {schedule} (default: the recipe's)",
     )
-    model.add_argument("--temperature", type=_temperature, metavar="T", help=f"of the gate's softmax; {schedule}")
     model.add_argument(
-        "--mode", choices=("mean", "argmax", "switch"), help="in which the trained head decodes (default: the recipe's)"
+        "--temperature",
+        type=_temperature,
+        metavar="T",
+        help=f"of the gate's softmax; {schedule} (default: the recipe's)",
+    )
+    model.add_argument(
+        "--mode",
+        choices=("mean", "argmax", "switch"),
+        help="how the trained head combines its experts (default: the recipe's)",
     )
 
     run_group = parser.add_argument_group("run")
     run_group.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint, the log, the head"
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the checkpoint, the log, the head"
     )
     run_group.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     run_group.add_argument("--steps", type=integer(1), default=10_000, metavar="N", help="(default: %(default)s)")

@@ -16,7 +16,7 @@ from moe3d.viz.viewer import LOOPBACK, SceneClouds, Viewer, true_depths
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="what moe3d reconstruct --out wrote")
     parser.add_argument(
-        "--port", type=integer(1, 65535), default=8080, help="the next free one is taken (default: %(default)s)"
+        "--port", type=integer(1, 65535), default=8080, help="or, if taken, the next free one (default: %(default)s)"
     )
     parser.add_argument(
         "--host",

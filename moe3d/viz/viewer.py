@@ -188,7 +188,7 @@ class Viewer:
     Args:
         scenes: at least one, by name.
         host: the address to answer on; anything but the loopback lets others on the network look.
-        port: to begin with; the next free one is taken.
+        port: to answer on; where it is taken, the next free one.
 
     Raises:
         RuntimeError: viser is not installed.
