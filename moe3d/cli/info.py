@@ -56,7 +56,7 @@ def platform_note(system: str, machine: str) -> str:
     if system == "Linux" and machine == "x86_64":
         return f"{here}: supported"
     if system == "Linux" and machine == "aarch64":
-        return f"{here}: untested; its C++ part has only been built on x86-64"
+        return f"{here}: untested; its C++ part has been run under emulation only"
     return f"{here}: the reference backend only (Linux on x86-64 is supported in full)"
 
 
