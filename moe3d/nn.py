@@ -158,7 +158,11 @@ class MoEHead(nn.Module):
         pos: tuple[Tensor, Tensor] | None = None,
         image: Tensor | None = None,
     ) -> MoEOutput:
-        """x [B, C, h, w] and, if :attr:`sees_image`, image [B, 3, H, W] in [0, 1], to outputs at ``size`` = (H, W)."""
+        """x [B, C, h, w] and, if :attr:`sees_image`, image [B, 3, H, W] in [0, 1], to outputs at ``size`` = (H, W).
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :func:`moe3d.functional.moe_head`, or no image where one is needed.
+        """
         if image is None and self.sees_image:
             raise ValueError("image must be given to a head with image_gate or sharpen, got None")
         gate_logits = self.image_gate(image, x) if self.image_gate is not None else None
