@@ -70,7 +70,7 @@ def scale_intrinsics(intrinsics: Tensor, sx: float | Tensor, sy: float | Tensor)
     Resizing maps the image's borders onto each other, and the border lies at -0.5: cx' = (cx + 0.5) sx - 0.5.
     """
     _require_matrix("intrinsics", intrinsics, (3, 3))
-    resize = intrinsics.new_tensor([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]]).repeat(*intrinsics.shape[:-2], 1, 1)
+    resize = torch.eye(3, dtype=intrinsics.dtype, device=intrinsics.device).repeat(*intrinsics.shape[:-2], 1, 1)
     for axis, scale in enumerate((sx, sy)):
         resize[..., axis, axis] = scale
         resize[..., axis, 2] = 0.5 * resize[..., axis, axis] - 0.5

@@ -55,6 +55,15 @@ def test_a_head_of_its_own_starts_like_pytorchs_convolutions():
     assert len({e.sum().item() for e in head.expert_w1}) == 4, "the experts differ"
 
 
+def test_first_layers_of_gates_start_like_pytorchs_convolutions():
+    head = small(in_channels=64, gate_hidden=64, image_gate="guided")
+    gate = head.image_gate
+    for weight in (head.gate_w1, gate.conv1.weight, gate.conv2.weight, gate.project.weight, gate.merge.weight):
+        reference = nn.Conv2d(weight.shape[1], 1000, weight.shape[2:]).weight
+        assert abs(weight.std() / reference.std() - 1) < 0.2
+        assert weight.abs().max() <= reference.abs().max() * 1.01
+
+
 @pytest.mark.parametrize("experts", [1, 4])
 @pytest.mark.parametrize("outputs", [2, 4])
 def test_zero_noise_computes_the_block(experts, outputs):
@@ -253,6 +262,11 @@ def test_image_gate_is_two_3x3_convolutions_of_16_channels_and_a_1x1():
     assert gate.option is True
     shapes = {name: tuple(p.shape) for name, p in gate.named_parameters() if name.endswith("weight")}
     assert shapes == {"conv1.weight": (16, 3, 3, 3), "conv2.weight": (16, 16, 3, 3), "out.weight": (5, 16, 1, 1)}
+    gate.reset(torch.Generator().manual_seed(0))
+    nn.init.normal_(gate.out.weight)
+    layers = nn.Sequential(gate.conv1, nn.ReLU(), gate.conv2, nn.ReLU(), gate.out)
+    image = torch.rand(2, 3, 8, 9)
+    torch.testing.assert_close(gate(image), layers(image - 0.5), rtol=1e-6, atol=1e-6)
 
 
 def test_a_guided_image_gate_sees_the_features_where_they_are_in_the_image():

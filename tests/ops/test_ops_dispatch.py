@@ -70,6 +70,12 @@ def test_a_precision_that_no_backend_has(precision, backend):
         problem.run(precision=precision, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tf32_is_refused_on_the_cpu(backend):
+    with pytest.raises(RuntimeError, match="'reference' cannot run here because precision 'tf32' .* x is on 'cpu'"):
+        random_problem().run(precision="tf32", backend=backend)
+
+
 class Recorder(Backend):
     """A backend that says what it is told to, and computes as the reference does."""
 

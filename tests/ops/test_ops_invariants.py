@@ -231,6 +231,14 @@ def test_skipping_tiles_do_not_depend_on_the_batch(runner):
         assert torch.equal(frame.prediction, whole.prediction[b : b + 1])
 
 
+def test_experts_are_returned_on_request_alone(runner):
+    problem = random_problem(device=runner.device)
+    output = problem.run(backend=runner.backend)
+    assert output.weights is None and output.hypotheses is None
+    output = problem.run(backend=runner.backend, return_experts=True)
+    assert output.weights.shape == (2, 3, 7, 9) and output.hypotheses.shape == (2, 3, 1, 7, 9)
+
+
 @pytest.mark.parametrize("options", [{}, {"return_experts": True}, {"conf_activation": None}], ids=str)
 def test_empty_batches_give_empty_outputs_and_zero_gradients(runner, options):
     problem = random_problem(batch=0, pos=True, gate_logits=True, device=runner.device, **options).leaves()

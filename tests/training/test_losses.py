@@ -129,14 +129,16 @@ def test_confidence_loss_is_least_at_alpha_over_error_and_spares_the_depth():
 
 
 def test_camera_loss_of_known_errors():
-    truth = torch.zeros(1, 2, 9, dtype=torch.float64)
-    translation, rotation, view = (torch.zeros_like(truth) for _ in range(3))
-    translation[..., :3], rotation[..., 3:7], view[..., 7:] = 2, 0.5, 0.3
+    truth = torch.linspace(-1, 1, 18, dtype=torch.float64).view(1, 2, 9)
+    translation, rotation, view = (truth.clone() for _ in range(3))
+    translation[..., :3] += 2
+    rotation[..., 3:7] -= 0.5
+    view[..., 7:] += 0.3
     everything = torch.tensor([True])
     assert camera_loss([translation], truth, everything).item() == pytest.approx(2)
     assert camera_loss([rotation], truth, everything).item() == pytest.approx(0.5)
     assert camera_loss([view], truth, everything).item() == pytest.approx(0.15)
-    assert camera_loss([1e3 * translation], truth, everything).item() == pytest.approx(100)
+    assert camera_loss([translation + 1e3 * (translation - truth)], truth, everything).item() == pytest.approx(100)
     stages = camera_loss([translation, rotation, view], truth, everything)
     assert stages.item() == pytest.approx((0.36 * 2 + 0.6 * 0.5 + 0.15) / 3)
 
