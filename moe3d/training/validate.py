@@ -135,17 +135,17 @@ def evaluate(model: nn.Module, samples: Sequence[Sample], frames: int) -> dict[s
     return _metrics(samples, lambda sample: predict_first(model, sample, frames))
 
 
-def trivial_metrics(samples: Sequence[Sample]) -> dict[str, dict[str, float | None]]:
-    """The best that can be had without looking: a constant depth, and the best vertical ramp.
+def trivial_metrics(samples: Sequence[Sample], known: Sequence[Sample]) -> dict[str, dict[str, float | None]]:
+    """What can be had without looking at the image: a constant depth, and vertical ramps.
 
-    The ramp's depth or inverse depth is linear in the row; its slope is the one of the highest delta1 on these very
-    samples, which favours it.
+    A ramp's depth or inverse depth is linear in the row. The slope of ``ramp`` is the one of the highest delta1 on
+    the ``known`` samples; that of ``best_ramp`` the best on ``samples`` itself, whose truth no predictor knows.
     """
-    slopes = [(ratio, power) for ratio in np.geomspace(0.4, 6, 28) for power in (1, -1)]
-    best = max(slopes, key=lambda slope: _delta1(samples, *slope))
+    slopes = _best_slope(known), _best_slope(samples)
     return {
         "constant": _metrics(samples, lambda sample: _ramp(sample, 1.0, 1)),
-        "ramp": _metrics(samples, lambda sample: _ramp(sample, *best)),
+        "ramp": _metrics(samples, lambda sample: _ramp(sample, *slopes[0])),
+        "best_ramp": _metrics(samples, lambda sample: _ramp(sample, *slopes[1])),
     }
 
 
@@ -177,6 +177,11 @@ def motorcycle(width: int = MINI_WIDTH) -> tuple[Sample]:
 
 def _metrics(samples: Sequence[Sample], predict: Callable[[Sample], np.ndarray]) -> dict[str, float | None]:
     return summarise([judge(predict(sample), *_truth(sample)) for sample in samples])
+
+
+def _best_slope(samples: Sequence[Sample]) -> tuple[float, int]:
+    slopes = [(float(ratio), power) for ratio in np.geomspace(0.4, 6, 28) for power in (1, -1)]
+    return max(slopes, key=lambda slope: _delta1(samples, *slope))
 
 
 def _delta1(samples: Sequence[Sample], ratio: float, power: int) -> float:

@@ -236,6 +236,7 @@ def test_every_frame_is_offered_with_a_view(tmp_path):
         ("nrgbd", "cut3r", 1, [0]),
         ("7scenes", "pi3-sparse", 1000, range(0, 1000, 200)),
         ("nrgbd", "pi3-sparse", 395, [0]),  # thin_geometry
+        ("nrgbd", "pi3-sparse", 1500, [0, 500, 1000]),
         ("7scenes", "pi3-dense", 500, range(0, 500, 40)),
         ("nrgbd", "pi3-dense", 1500, range(0, 1500, 100)),
         ("hypersim", "pi3-dense", 100, [0, 40, 80]),
@@ -288,11 +289,16 @@ def test_datasets_on_disk_are_evaluated(case, task, tmp_path):
 
 def test_a_model_sees_whole_images_at_multiples_of_14():
     sample = open_dataset("motorcycle").load("motorcycle", ["left", "right"])
-    seen = []
+    seen, fields = [], []
     model = load_mini()
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    model.register_forward_hook(lambda module, args, output: fields.append(output["pose_enc"][0, :, 7:].double()))
     predictions = ModelSystem("mini", model, 84).predict("motorcycle", sample)
     assert seen == [(2, 3, 56, 84)] and predictions.depth.shape == (2, 56, 84)
+    focal_y, focal_x = (torch.tensor([56, 84]) / 2 / torch.tan(fields[0] / 2)).T  # of the fields of view, up and across
+    np.testing.assert_allclose(predictions.intrinsics[:, 1, 1], focal_y, rtol=1e-6)
+    np.testing.assert_allclose(predictions.intrinsics[:, 0, 0], focal_x, rtol=1e-6)
+    np.testing.assert_allclose(predictions.intrinsics[:, :2, 2], [[42, 28]] * 2)
     assert predictions.frames == ["left", "right"] and (predictions.depth > 0).all()
     np.testing.assert_allclose(predictions.extrinsics[0], np.eye(3, 4), atol=0.5)
     assert predictions.points is None

@@ -138,6 +138,18 @@ def test_icp_without_a_partner_within_reach_moves_nothing():
     np.testing.assert_array_equal(found.translation, 0)
 
 
+@pytest.mark.parametrize(("offset", "rounds"), [(0.0, 1), (0.004, 2)])
+def test_icp_stops_when_nothing_changes_any_more(monkeypatch, offset, rounds):
+    fitted = []
+    monkeypatch.setattr(
+        "moe3d.evaluation.points.fit_similarity", lambda *a, **k: fitted.append(1) or fit_similarity(*a, **k)
+    )
+    grid = np.stack(np.meshgrid(*[np.arange(5) * 0.02] * 3), axis=-1).reshape(-1, 3)
+    found = icp(grid + offset, Cloud(grid))
+    np.testing.assert_allclose(found.translation, -offset, atol=1e-12)
+    assert len(fitted) == rounds
+
+
 def test_icp_to_a_single_point():
     np.testing.assert_allclose(icp(np.array([[0.01, 0, 0]]), Cloud(np.zeros((1, 3)))).translation, [-0.01, 0, 0])
 

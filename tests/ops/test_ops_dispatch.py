@@ -72,7 +72,7 @@ def test_a_precision_that_no_backend_has(precision, backend):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_tf32_is_refused_on_the_cpu(backend):
-    with pytest.raises(RuntimeError, match="'reference' cannot run here because precision 'tf32' .* x is on 'cpu'"):
+    with pytest.raises(RuntimeError, match=r"'reference' cannot run here because precision 'tf32' .* x is on 'cpu'"):
         random_problem().run(precision="tf32", backend=backend)
 
 

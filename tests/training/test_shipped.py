@@ -7,7 +7,7 @@ import torch
 
 from moe3d.models import load_mini
 from moe3d.models.checkpoint import WEIGHTS
-from moe3d.training.validate import evaluate, scenes, trivial_metrics
+from moe3d.training.validate import evaluate, motorcycle, scenes, trivial_metrics
 
 
 def test_the_weights_take_at_most_10_megabytes_and_have_a_card():
@@ -32,9 +32,18 @@ def test_they_give_finite_positive_depth_at_any_size(head):
 @pytest.mark.parametrize("head", ["single", "moe"])
 def test_they_see_more_than_a_constant_depth_on_held_out_scenes(head):
     samples = scenes("test", 2)
-    metrics, trivial = evaluate(load_mini(head), samples, frames=2), trivial_metrics(samples)["constant"]
+    metrics, trivial = evaluate(load_mini(head), samples, frames=2), trivial_metrics(samples, samples)["constant"]
     assert metrics["abs_rel"] < trivial["abs_rel"]
     assert metrics["delta1"] > trivial["delta1"]
+
+
+def test_a_photograph_looks_like_its_scene():
+    """On Motorcycle: far beyond what can be had without looking, and beyond the ramp that fits this scene best."""
+    trivial = {name: metrics["delta1"] for name, metrics in trivial_metrics(motorcycle(), scenes("val", 2)).items()}
+    for head in ("single", "moe"):
+        delta1 = evaluate(load_mini(head), motorcycle(), frames=1)["delta1"]
+        assert delta1 > 0.3 + max(trivial["constant"], trivial["ramp"])
+        assert delta1 > 0.12 + trivial["best_ramp"]
 
 
 @torch.no_grad()
