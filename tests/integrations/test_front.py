@@ -118,6 +118,16 @@ def test_the_features_are_the_stock_heads(kind, grid, batch):
 
 
 @torch.no_grad()
+def test_a_front_that_is_not_compiled_is_reordered_all_the_same(monkeypatch):
+    calls, reordered = [], front.reordered
+    monkeypatch.setattr(front, "reordered", lambda *args: calls.append(1) or reordered(*args))
+    call(patched_head(backend="reference"), *inputs(1, 2))
+    assert calls
+    call(patched_head(backend="reference", optimize_head=False), *inputs(1, 2))
+    assert len(calls) == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_plain_is_the_stock_head(kind, backend):
     head = stock_head(kind)
@@ -473,11 +483,15 @@ def test_an_unusual_front_runs_as_it_is(run_natively):
         conv = nn.Conv2d(32, 32, 3, padding=1, groups=4)
         head.scratch.refinenet3.resConfUnit1.conv1 = conv
 
+    def grouped_projection(head):
+        conv = head.projects[1]
+        head.projects[1] = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=2)
+
     def normalised(head):
         head.scratch.refinenet2.add_module("batch_norm", nn.BatchNorm2d(32).eval())
 
     tokens, images = inputs(1, 2)
-    for change in (double_projection, grouped, normalised):
+    for change in (double_projection, grouped, grouped_projection, normalised):
         head = patched_head()
         change(head)
         found = call(head, tokens, images)
