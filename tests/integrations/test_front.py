@@ -128,6 +128,14 @@ def test_a_front_that_is_not_compiled_is_reordered_all_the_same(monkeypatch):
 
 
 @torch.no_grad()
+def test_large_maps_are_interpolated_part_by_part(monkeypatch):
+    head, (tokens, _) = patched_head(), inputs(2, 3)
+    expected = features(front.reordered, head, tokens, GRIDS[0])
+    monkeypatch.setattr(front, "_MOST_INTERPOLATED", 4 * expected[0].numel())
+    assert torch.equal(features(front.reordered, head, tokens, GRIDS[0]), expected)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_plain_is_the_stock_head(kind, backend):
     head = stock_head(kind)
