@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,6 +18,7 @@ import moe3d
 from moe3d.atomic import check_file, output_folder
 from moe3d.benchmark.machine import describe
 from moe3d.cli.arguments import integer, positive
+from moe3d.cli.device import add_device_arguments, choose_device, choose_dtype
 from moe3d.data import DATASETS, Dataset, open_dataset
 from moe3d.evaluation import FileSystem, ModelSystem, Protocol, default_sampling, evaluate
 from moe3d.evaluation.alignment import METHODS
@@ -69,6 +71,7 @@ def _add_subject(command: argparse.ArgumentParser, datasets) -> None:
         metavar="PATH",
         help="a trained MoE head, or 'stock' for none (default: the shipped one for mini, else stock)",
     )
+    add_device_arguments(command.add_argument)
     command.add_argument(
         "--compare",
         type=_named_folder,
@@ -182,7 +185,7 @@ def _check_usage(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, dataset: Dataset, gallery: Gallery) -> dict:
-    systems, descriptions = _systems(args)
+    systems, told = _systems(args)
     protocol = Protocol(
         task=args.task,
         dataset=args.dataset,
@@ -194,7 +197,7 @@ def _evaluate(args: argparse.Namespace, dataset: Dataset, gallery: Gallery) -> d
     total = sum(1 for _ in protocol.batches(dataset))
     with tqdm(total=total, desc=f"{args.task} on {args.dataset}", disable=None, leave=False) as progress:
         report = evaluate(dataset, systems, protocol, gallery.offer, partial(progress.update, 1))
-    report["protocol"] |= {"root": args.root, "systems": descriptions}
+    report["protocol"] |= {"root": args.root, **told}
     return report | {"versions": _versions(), "commit": describe("cpu", _checkout())["commit"]}
 
 
@@ -205,21 +208,22 @@ def _choices(args: argparse.Namespace) -> dict:
     return {"align": args.align, "per": args.per} if args.task == "depth" else {"per": args.per}
 
 
-def _systems(args: argparse.Namespace) -> tuple[list[System], dict[str, str]]:
-    """What is judged, the main one first, and what each is."""
+def _systems(args: argparse.Namespace) -> tuple[list[System], dict[str, Any]]:
+    """What is judged, the main one first, and what the report says of it: each one's origin, and where a model ran."""
     folders = dict(args.compare)
     if args.predictions is not None:
         folders = {FILES: args.predictions, **folders}
     files = [FileSystem(name, folder) for name, folder in folders.items()]  # before a model takes its time
     descriptions = {name: f"predictions in {folder}" for name, folder in folders.items()}
     if args.predictions is not None:
-        return list(files), descriptions
+        return list(files), {"systems": descriptions}
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
     model = args.model or MINI
     models = _models(model, args.head)
     descriptions = {name: f"{model}, {what}" for name, (_, what) in models.items()} | descriptions
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    running = [ModelSystem(name, model.to(device), input_width(model)) for name, (model, _) in models.items()]
-    return [*running, *files], descriptions
+    running = [ModelSystem(name, model.to(device), input_width(model), dtype) for name, (model, _) in models.items()]
+    return [*running, *files], {"systems": descriptions, "device": str(device), "dtype": str(dtype)[6:]}
 
 
 def _models(name: str, head: str | None) -> dict[str, tuple[torch.nn.Module, str]]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moe3d.cli.arguments import folder, integer, number, positive
+from moe3d.cli.device import add_device_arguments, choose_device, choose_dtype
 from moe3d.models import input_width, load_model
 from moe3d.ops.dispatch import AUTO, NAMES
 from moe3d.ops.mixture import MODES
@@ -23,7 +24,6 @@ from moe3d.reconstruct.points import PointSelection
 from moe3d.reconstruct.run import Job, file_stamp, reconstruct
 from moe3d.viz.pictures import gate_picture
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PATCH = 14
 
 
@@ -66,13 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--experts", action="store_true", help="keep each expert's depth, too")
     add("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
     add("--precision", default="auto", choices=PRECISIONS, help="of the head's convolutions (default: %(default)s)")
-    add("--device", default="auto", help="'cpu', 'cuda' or 'cuda:N' (default: a GPU if there is one)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", *DTYPES),
-        help="of the backbone (default: bfloat16 or float16 on GPUs)",
-    )
+    add_device_arguments(add)
     add(
         "--frames-chunk",
         type=integer(),
@@ -175,27 +169,6 @@ def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What tells the model and its settings from others."""
     named = {name: getattr(args, name) for name in ("model", "head", "mode", "sharpen", "precision", "width")}
     return named | {f"{name}_file": file_stamp(Path(named[name] or "")) for name in ("model", "head")}
-
-
-def choose_device(name: str) -> torch.device:
-    """Raises ValueError for a device that PyTorch does not have here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device '{name}' is not available here ({str(error).splitlines()[0]})") from None
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is what VGGT's authors run: bfloat16 on GPUs that have it, float16 on older ones, float32 on CPUs."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 def as_text(summary: dict[str, Any]) -> str:

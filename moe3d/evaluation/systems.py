@@ -56,15 +56,17 @@ class ModelSystem:
         name: what the report calls it.
         model: in eval mode.
         width: pixels of the images' longer side, a multiple of 14.
+        dtype: that the backbone computes in (autocast); VGGT's heads switch that off for themselves.
     """
 
-    def __init__(self, name: str, model: nn.Module, width: int) -> None:
-        self.name, self.model, self.width = name, model, width
+    def __init__(self, name: str, model: nn.Module, width: int, dtype: torch.dtype = torch.float32) -> None:
+        self.name, self.model, self.width, self.dtype = name, model, width, dtype
         self._device = next(model.parameters()).device
 
     def predict(self, sequence: str, sample: Sample) -> Predictions:
         images = resize_images(sample.images, self.width).to(self._device)
-        with torch.inference_mode():
+        autocast = torch.autocast(self._device.type, self.dtype, enabled=self.dtype != torch.float32)
+        with torch.inference_mode(), autocast:
             output = self.model(images)
         extrinsics, intrinsics = decode_pose(output["pose_enc"][0].double().cpu(), (images.shape[2], images.shape[3]))
         points = output.get("world_points")

@@ -95,6 +95,23 @@ def test_the_stock_head_alone_on_a_real_image(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_runs_where_and_in_what_it_is_told_to(tmp_path, capsys):
+    out, reports = tmp_path / "report.json", {}
+    for dtype in ("auto", "bfloat16"):
+        flags = ["--head", "stock", "--limit", 1, "--device", "cpu", "--dtype", dtype, "--out", out]
+        assert evaluate("depth", *flags) == 0
+        reports[dtype] = json.loads(out.read_text())
+    assert [(r["protocol"]["device"], r["protocol"]["dtype"]) for r in reports.values()] == [
+        ("cpu", "float32"),
+        ("cpu", "bfloat16"),
+    ]
+    exact, rounded = (report["mean"]["abs_rel"] for report in reports.values())
+    assert exact != rounded and exact == pytest.approx(rounded, rel=0.05)
+    capsys.readouterr()
+    assert evaluate("depth", "--device", "cuda:99") == 1
+    assert "error: --device 'cuda:99' is not available here" in capsys.readouterr().err
+
+
 def test_the_protocol_is_what_was_asked_for(predictions, tmp_path):
     out = tmp_path / "report.json"
     flags = [
@@ -116,7 +133,7 @@ def test_the_protocol_is_what_was_asked_for(predictions, tmp_path):
         "max_depth": 9.0, "edge_filter": 0.1, "crop": "none", "limit": 1, "root": None,
         "frames": {"scene-000000": ["frame-0000"]},
     }  # fmt: skip
-    assert protocol | expected == protocol
+    assert protocol | expected == protocol and "device" not in protocol
     flags = ["--align", "scale-l1", "--per", "sequence", "--limit", 1]
     assert evaluate("depth", "--predictions", predictions["perfect"], *flags, "--out", out) == 0
     protocol = json.loads(out.read_text())["protocol"]
