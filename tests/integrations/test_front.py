@@ -495,11 +495,15 @@ def test_an_unusual_front_runs_as_it_is(run_natively):
         conv = head.projects[1]
         head.projects[1] = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=2)
 
+    def overlapping(head):
+        conv = head.resize_layers[0]
+        head.resize_layers[0] = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 6, stride=4, padding=1)
+
     def normalised(head):
         head.scratch.refinenet2.add_module("batch_norm", nn.BatchNorm2d(32).eval())
 
     tokens, images = inputs(1, 2)
-    for change in (double_projection, grouped, grouped_projection, normalised):
+    for change in (double_projection, grouped, grouped_projection, overlapping, normalised):
         head = patched_head()
         change(head)
         found = call(head, tokens, images)

@@ -12,6 +12,7 @@ from torch import nn
 
 import moe3d
 from moe3d.integrations import patched_heads
+from moe3d.integrations.kinds import KINDS
 from support import da3, models
 from support.da3 import HEIGHT, SIZES, SMALL, WIDTH, predict, run
 from support.models import assert_equal, assert_untouched, disturb, fingerprint, state
@@ -269,6 +270,17 @@ def test_head_files_of_another_kind(tmp_path, head):
         with pytest.raises(ValueError, match="model of kind '{}', but the model is '{}'".format(*kinds)):
             moe3d.load_head(model, tmp_path / f"{name}.safetensors")
         assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("point", {}), ("depth", {"image_gate": True}), ("depth", {"sharpen": 2})]
+)
+def test_what_a_head_file_may_not_ask_of_it(head, name, options):
+    kind = next(kind for kind in KINDS if kind.name == "da3")
+    before = fingerprint(head)
+    with pytest.raises(ValueError, match=f"Depth Anything 3 has a depth head that sees no image, got '{name}'"):
+        kind.patch_head(head, name, **({"image_gate": False} | options))
+    assert_untouched(head, before)
 
 
 # --- what cannot be patched -------------------------------------------------------------------------------------------
