@@ -495,6 +495,9 @@ def test_an_unusual_front_runs_as_it_is(run_natively):
         conv = head.projects[1]
         head.projects[1] = nn.Conv2d(conv.in_channels, conv.out_channels, 1, groups=2)
 
+    def dilated(head):
+        head.scratch.refinenet3.resConfUnit1.conv2 = nn.Conv2d(32, 32, 3, padding=2, dilation=2)
+
     def overlapping(head):
         conv = head.resize_layers[0]
         head.resize_layers[0] = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 6, stride=4, padding=1)
@@ -503,7 +506,7 @@ def test_an_unusual_front_runs_as_it_is(run_natively):
         head.scratch.refinenet2.add_module("batch_norm", nn.BatchNorm2d(32).eval())
 
     tokens, images = inputs(1, 2)
-    for change in (double_projection, grouped, grouped_projection, overlapping, normalised):
+    for change in (double_projection, grouped, grouped_projection, dilated, overlapping, normalised):
         head = patched_head()
         change(head)
         found = call(head, tokens, images)
