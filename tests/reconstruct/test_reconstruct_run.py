@@ -318,7 +318,7 @@ def test_what_is_finished_stays_whole_and_is_resumed(start, photos, tmp_path, in
 def test_resuming_with_other_settings_or_damaged_frames(start, photos, tmp_path, interrupted_after):
     go_on = interrupted_after(5)
     assert start(photos, "--frames-chunk", "2")[0] == 130
-    for option, value in (("mode", "argmax"), ("sharpen", "0")):
+    for option, value in (("mode", "argmax"), ("sharpen", "0"), ("dtype", "bfloat16")):
         code, _, errors = start(photos, "--resume", f"--{option}", value)
         assert code == 1
         assert f"room.partial was made with other {option}: run as before, or without --resume" in errors
