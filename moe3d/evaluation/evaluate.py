@@ -57,9 +57,10 @@ def evaluate(
         advance: called after each of the protocol's batches.
 
     Returns:
-        JSON-ready, with "protocol", with the frames that were judged, and those left out with the reason; "system", the
-        first one's name; "sequences", each with "name", its metrics and its "frames"; "mean"; "error_histogram", of
-        relative errors or distances in metres; "compare", name -> the same three for every other system.
+        JSON-ready, with "protocol", which lists the frames that were judged, and those left out with the reason;
+        "system", the first one's name; "sequences", each with "name", its metrics and its "frames"; "mean";
+        "error_histogram", of relative errors or distances in metres; "compare", name -> the same three for every other
+        system.
 
     Raises:
         FileNotFoundError, ValueError: a prediction that is missing or does not fit, or nothing to judge.

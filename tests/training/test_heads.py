@@ -42,7 +42,6 @@ def test_every_head_meets_the_same_scenes_in_the_same_order(head_trainer, monkey
 
 
 def test_rates_are_compared_by_the_loss_on_the_scenes_held_out(head_trainer):
-    assert heads.SWEEP_PART == 0.1
     head_trainer = replace(head_trainer, budget=replace(head_trainer.budget, steps=30))
     losses = head_trainer.sweep(mixture_head, PAPER)
     assert set(losses) == {1e-3, 1e-2} and heads.best_rate({1: 0.3, 2: 0.1, 3: 0.2}) == 2
