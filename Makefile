@@ -20,6 +20,7 @@ PIP_FLAGS  := -c constraints.txt
 endif
 
 .PHONY: demo test test-real test-export test-emulated bench gpu native-sanitize native-aarch64 lint docs dist test-dist clean
+.DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/moe3d demo --out demo
@@ -51,14 +52,17 @@ gpu:
 	$(PYTHON) -m bench.gpu
 
 # The C++ CPU kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer.
-native-sanitize: build/sanitize/native_driver
-	build/sanitize/native_driver
+native-sanitize:
+	rm -f build/sanitize/computed
+	$(MAKE) build/sanitize/computed
 
-# They again, built for aarch64 and emulated: what they compute there against what they compute here. Needs Debian's
+build/sanitize/computed: build/sanitize/native_driver
+	$< write $@
+
+# They again, built for aarch64 and emulated: what they compute there against what they computed here. Needs Debian's
 # g++-aarch64-linux-gnu and qemu-user-static.
-native-aarch64: build/native/native_driver build/aarch64/native_driver
-	build/native/native_driver write build/native/computed
-	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/native_driver compare build/native/computed
+native-aarch64: build/sanitize/computed build/aarch64/native_driver
+	qemu-aarch64-static -L /usr/aarch64-linux-gnu build/aarch64/native_driver compare $<
 
 DRIVER_sanitize := -DMOE3D_SANITIZE=ON
 DRIVER_aarch64 := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++

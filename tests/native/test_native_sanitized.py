@@ -26,4 +26,4 @@ def test_the_kernels_are_clean_under_the_sanitizers():
 
 def test_aarch64_computes_what_this_machine_does():
     done = make("native-aarch64", "aarch64-linux-gnu-g++", "qemu-aarch64-static")
-    assert done.stdout.count("all shapes agree") == 2
+    assert done.stdout.rstrip().endswith("all shapes agree")

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
 
 from support.accuracy import assert_accurate_to_tf32, assert_as_accurate_as_pytorch
 from support.backends import Runner
 
 RUNNER = Runner("triton", "cpu")
 SMALL = {"batch": 1, "channels": 16, "hidden": 16, "gate_hidden": 16, "source": (2, 3), "size": (3, 4)}
+
+
+@pytest.fixture(autouse=True)
+def no_checks_of_overflow(monkeypatch):
+    """They take a third of the time; the other files of this folder run the same kernels, both ways, with them."""
+    monkeypatch.setattr(interpreter_builder, "options", InterpreterOptions(sanitize_overflow=False))
 
 
 def check(**arguments):
