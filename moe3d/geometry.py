@@ -143,6 +143,14 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
     return torch.stack(entries, dim=-1).unflatten(-1, (3, 3))
 
 
+def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
+    """The rotation by ``b`` [..., 4], then by ``a`` [..., 4]: their Hamilton product, xyzw."""
+    vector_a, real_a, vector_b, real_b = a[..., :3], a[..., 3:], b[..., :3], b[..., 3:]
+    vector_a, vector_b = torch.broadcast_tensors(vector_a, vector_b)
+    vector = real_a * vector_b + real_b * vector_a + torch.linalg.cross(vector_a, vector_b)
+    return torch.cat([vector, real_a * real_b - (vector_a * vector_b).sum(-1, keepdim=True)], dim=-1)
+
+
 def matrix_to_quaternion(matrix: Tensor) -> Tensor:
     """Unit quaternions [..., 4] in xyzw order with w >= 0 of rotation matrices [..., 3, 3].
 

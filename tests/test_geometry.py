@@ -106,6 +106,13 @@ def test_quaternion_to_matrix_is_scipys(quaternion):
     np.testing.assert_allclose(ours, Rotation.from_quat(quaternion).as_matrix(), atol=1e-12)
 
 
+def test_quaternion_product_is_scipys():
+    a, b = Rotation.random(20, random_state=0), Rotation.random(1, random_state=1)
+    ours = geometry.quaternion_product(*(torch.from_numpy(rotation.as_quat()) for rotation in (a, b))).numpy()
+    np.testing.assert_allclose(Rotation.from_quat(ours).as_matrix(), (a * b).as_matrix(), atol=1e-12)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=-1), 1)
+
+
 @given(st.lists(st.floats(-1, 1, **finite), min_size=3, max_size=3).filter(lambda v: np.linalg.norm(v) > 1e-3),
        st.one_of(st.floats(-np.pi, np.pi), st.sampled_from([0, np.pi, -np.pi, np.pi - 1e-9, 1e-9])))  # fmt: skip
 def test_matrix_to_quaternion_is_scipys(axis, angle):

@@ -60,8 +60,8 @@ def _add_subject(command: argparse.ArgumentParser, datasets) -> None:
     judged.add_argument(
         "--model",
         metavar="NAME",
-        help="'mini', a name on the Hugging Face hub as facebook/VGGT-1B, or a path (default: mini); with a MoE head "
-        "the stock one is judged beside it",
+        help="'mini', a name on the Hugging Face hub (facebook/VGGT-1B, depth-anything/DA3-BASE) or a path (default: "
+        "mini); with a MoE head the stock one is judged beside it",
     )
     judged.add_argument(
         "--predictions", metavar="DIR", help="judge DIR/<sequence>.npz of any system instead of a model"

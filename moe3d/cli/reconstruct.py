@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="mini",
         metavar="NAME",
-        help="'mini', a name on the Hugging Face hub as facebook/VGGT-1B, or a path (default: %(default)s)",
+        help="'mini', a name on the Hugging Face hub (facebook/VGGT-1B, depth-anything/DA3-BASE) or a path (default: "
+        "%(default)s)",
     )
     add(
         "--head",

@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--cache-scenes", type=integer(1), default=1000, metavar="N", help="(default: %(default)s)")
 
     model = parser.add_argument_group("model and recipe")
-    model.add_argument("--model", required=True, metavar="mini|HUB|PATH", help="as facebook/VGGT-1B")
+    model.add_argument(
+        "--model", required=True, metavar="mini|HUB|PATH", help="as facebook/VGGT-1B or depth-anything/DA3-BASE"
+    )
     model.add_argument(
         "--train", choices=PARTS, default="head", help="the mixture, the decoders, or all (default: %(default)s)"
     )

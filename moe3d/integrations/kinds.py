@@ -34,7 +34,9 @@ def _fits_da3(model: Any) -> bool:
     return da3.find_head(model) is not None
 
 
-def _patch_da3_head(model: nn.Module, name: str, image_gate: bool | str, sharpen: int = 0, **options: Any) -> nn.Module:
+def _patch_da3_head(
+    model: nn.Module, name: str, image_gate: bool | str = False, sharpen: int = 0, **options: Any
+) -> nn.Module:
     if name != "depth" or image_gate or sharpen:
         raise ValueError(
             f"Depth Anything 3 has a depth head that sees no image, got {name!r}, {image_gate=}, {sharpen=}"
@@ -42,16 +44,7 @@ def _patch_da3_head(model: nn.Module, name: str, image_gate: bool | str, sharpen
     return da3.patch_da3(model, **options)
 
 
-KINDS = (
-    Kind(
-        "vggt",
-        "a depth_head or point_head like VGGT's",
-        _fits_vggt,
-        vggt.patch_vggt,
-        _patch_vggt_head,
-        vggt.unpatch_vggt,
-        vggt.patched_heads,
-    ),
+KINDS = (  # Depth Anything 3 first: moe3d.models gives it VGGT's attributes, too
     Kind(
         "da3",
         "a head with head_main like Depth Anything 3's (or be one)",
@@ -60,6 +53,15 @@ KINDS = (
         _patch_da3_head,
         da3.unpatch_da3,
         da3.patched_heads,
+    ),
+    Kind(
+        "vggt",
+        "a depth_head or point_head like VGGT's",
+        _fits_vggt,
+        vggt.patch_vggt,
+        _patch_vggt_head,
+        vggt.unpatch_vggt,
+        vggt.patched_heads,
     ),
 )
 
@@ -80,6 +82,11 @@ def patch(model: nn.Module, num_experts: int = 4, **options: Any) -> nn.Module:
         TypeError: an option that this kind of model does not have, or as that function.
     """
     return kind_of(model).patch(model, num_experts, **options)
+
+
+def patch_depth_head(model: nn.Module, **options: Any) -> nn.Module:
+    """As :func:`patch`, and no other head than that of depth; an option which this kind lacks may have its default."""
+    return kind_of(model).patch_head(model, "depth", **options)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

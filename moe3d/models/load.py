@@ -1,4 +1,5 @@
-"""One way to a model by its name, for every command: the shipped MiniVGGT, VGGT from the Hugging Face hub, or a file.
+"""One way to a model by its name, for every command: the shipped MiniVGGT; VGGT or Depth Anything 3 from the Hugging
+Face hub; or a file.
 
 Files are safetensors, or PyTorch's with ``weights_only``: nothing that a file says is ever run.
 """
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from moe3d.integrations import load_head, patched_heads
+from moe3d.models import depth_anything
 from moe3d.models.checkpoint import load_mini
+from moe3d.models.depth_anything import DepthAnything3
 from moe3d.models.mini import MiniVGGT
 from moe3d.ops.dispatch import NAMES
 from moe3d.ops.mixture import MODES
@@ -42,8 +45,9 @@ def load_model(
 
     Args:
         name: "mini" for the shipped :class:`~moe3d.models.mini.MiniVGGT`; a name on the Hugging Face hub, as
-            "facebook/VGGT-1B"; or the path of a weights file (of MiniVGGT or of VGGT) or of a folder with one. All
-            but MiniVGGT need VGGT's own package, ``vggt``.
+            "facebook/VGGT-1B" or "depth-anything/DA3-BASE"; or the path of a weights file of either or of MiniVGGT, or
+            of a folder with one. VGGT needs its own package, ``vggt``, and Depth Anything 3 needs
+            ``depth-anything-3``; its networks without cameras and its nested one are refused.
         head: the path of a head that :func:`~moe3d.integrations.save_head` wrote; "stock" for the model as it comes;
             None for the shipped MoE head on "mini" and for "stock" on all others.
         mode: of the MoE depth head, in place of its file's: "mean", "argmax" or "switch".
@@ -54,7 +58,7 @@ def load_model(
         FileNotFoundError: a file that is not there.
         ValueError: a name that is none of these, weights of another architecture or damaged ones, a head that does
             not fit, or options of a MoE head for a model without one.
-        RuntimeError: the ``vggt`` package is missing, or the hub cannot give the weights.
+        RuntimeError: the model's own package is missing, or the hub cannot give the weights.
     """
     model = _load_backbone(name, shipped_head=head is None)
     if head not in (None, STOCK):
@@ -63,6 +67,8 @@ def load_model(
     _check_options(name, tails, mode=mode, sharpen=sharpen, backend=backend, precision=precision)
     for tail in tails.values():
         tail.backend, tail.precision, tail.return_experts = backend, precision, return_experts
+    if sharpen and isinstance(model, DepthAnything3):
+        raise ValueError(f"sharpen must be 0 for Depth Anything 3, whose head sees no image, got {sharpen!r}")
     if "depth" in tails:
         tails["depth"].mode = mode or tails["depth"].mode
         tails["depth"].sharpen = tails["depth"].sharpen if sharpen is None else sharpen
@@ -70,7 +76,10 @@ def load_model(
 
 
 def input_width(model: nn.Module) -> int:
-    """The image width in pixels that a model was made for: VGGT's 518; MiniVGGT was trained on small ones."""
+    """The image width in pixels that a model was made for: VGGT's 518, Depth Anything 3's 504; MiniVGGT was trained on
+    small ones."""
+    if isinstance(model, DepthAnything3):
+        return depth_anything.INPUT_WIDTH
     return MINI_WIDTH if isinstance(model, MiniVGGT) else 518
 
 
@@ -115,7 +124,7 @@ def _download(name: str) -> Path:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
-        raise RuntimeError(f"model '{name}' needs huggingface_hub: pip install 'moe3d[vggt]'") from None
+        raise RuntimeError(f"model '{name}' needs huggingface_hub: pip install huggingface_hub") from None
     for file in _WEIGHTS:
         try:
             return Path(hf_hub_download(name, file))
@@ -135,7 +144,7 @@ def _load_file(path: Path) -> nn.Module:
             return load_mini(path=path)
     else:
         state = _read_pickle(path)
-    return _vggt(path, state)
+    return _depth_anything(path, state) if depth_anything.is_depth_anything(state) else _vggt(path, state)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -171,7 +180,8 @@ def _vggt(path: Path, state: dict[str, Tensor]) -> nn.Module:
     camera_token = state.get("aggregator.camera_token")
     if camera_token is None or camera_token.ndim != 4:
         raise ValueError(
-            f"{path} must hold the weights of a MiniVGGT or a VGGT, got none for 'aggregator.camera_token'"
+            f"{path} must hold the weights of a MiniVGGT, a VGGT or a Depth Anything 3, got none for "
+            "'aggregator.camera_token'"
         )
     sizes = {"embed_dim": camera_token.shape[-1]}
     position = state.get("aggregator.patch_embed.pos_embed")
@@ -184,21 +194,39 @@ def _vggt(path: Path, state: dict[str, Tensor]) -> nn.Module:
         raise RuntimeError(f"{path} needs VGGT's own package ({error}): pip install 'moe3d[vggt]'") from None
     with torch.random.fork_rng(devices=[]):
         model = VGGT(**sizes, **heads)
-    _check_state(path, state, model.state_dict())
-    model.load_state_dict(state)
-    return model
+    return _with_weights(path, "VGGT", model, state)
 
 
-def _check_state(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def _depth_anything(path: Path, state: dict[str, Tensor]) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model, own = depth_anything.build(state)
+    except ValueError as error:
+        raise ValueError(f"{path} must hold the weights of one of {error}") from None
+    except ImportError as error:
+        raise RuntimeError(
+            f"{path} needs Depth Anything 3's own package ({error}): pip install 'moe3d[da3]', then "
+            "pip install --no-deps depth-anything-3"
+        ) from None
+    return _with_weights(path, "Depth Anything 3", model, own)
+
+
+def _with_weights(path: Path, architecture: str, model: nn.Module, found: dict[str, Tensor]) -> nn.Module:
+    wanted = model.state_dict()
+    # Safetensors hold what several names share once, under one of them.
+    shared = {wanted[key].data_ptr(): found[key] for key in wanted if key in found}
+    found = {key: shared[value.data_ptr()] for key, value in wanted.items() if value.data_ptr() in shared} | found
     different = sorted(found.keys() ^ wanted.keys())
     different += sorted(key for key in found.keys() & wanted.keys() if found[key].shape != wanted[key].shape)
     if different:
         key = different[0]
         there, here = (list(state[key].shape) if key in state else "absent" for state in (found, wanted))
         raise ValueError(
-            f"{path} does not fit VGGT's architecture: {len(different)} tensors differ, the first '{key}': "
+            f"{path} does not fit {architecture}'s architecture: {len(different)} tensors differ, the first '{key}': "
             f"{there} in the file, {here} in the model"
         )
+    model.load_state_dict(found)
+    return model
 
 
 def _first_line(error: BaseException) -> str:

@@ -211,7 +211,7 @@ class MiniVGGT(nn.Module):
             ValueError: ``images`` has another shape.
             TypeError: ``images`` is not floating point.
         """
-        images = _check_images(images)
+        images = check_images(images)
         tokens, patch_start_idx = self.aggregator(images)
 
         predictions: dict[str, Tensor | list[Tensor]] = {}
@@ -262,7 +262,8 @@ def _check_sizes(embed_dim: int, depth: int, num_heads: int, features: int) -> N
         raise ValueError(f"features must be a positive multiple of 32, got {features}")
 
 
-def _check_images(images: Tensor) -> Tensor:
+def check_images(images: Tensor) -> Tensor:
+    """[S, 3, H, W] or [B, S, 3, H, W] as [B, S, 3, H, W]; what else it is, is refused."""
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
     if images.ndim not in (4, 5) or images.shape[-3] != 3 or images.shape[-4] < 1:

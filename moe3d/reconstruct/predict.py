@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from moe3d.geometry import decode_pose
-from moe3d.integrations.dpt import PatchedDPTHead
 from moe3d.nn import MoEHead
 
 FramePrediction = dict[str, Tensor]
@@ -121,12 +120,13 @@ def _run_heads(model: Any, tokens: list[Tensor | None], batch: Tensor, start: in
 
 def _run_depth_head(head: Any, tokens: list[Tensor | None], inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Maps with [1, frames] in front."""
-    if not isinstance(head, PatchedDPTHead) or head.tail.num_experts == 1:
+    tail = getattr(head, "tail", None)  # of a patched one
+    if tail is None or tail.num_experts == 1:
         depth, confidence = head(tokens, **inputs)
         return {"depth": depth[..., 0], "confidence": confidence}
     head.expect_extras()
     try:
-        with _beside_stock(head) as stock:
+        with _beside_stock(tail) as stock:
             depth, confidence = head(tokens, **inputs)
     finally:
         extras = head.take_extras()
@@ -134,10 +134,9 @@ def _run_depth_head(head: Any, tokens: list[Tensor | None], inputs: dict[str, An
 
 
 @contextmanager
-def _beside_stock(head: PatchedDPTHead) -> Iterator[list[Tensor]]:
-    """While the block runs, each call of the head also gives what its stock output block makes of the same features:
+def _beside_stock(tail: Any) -> Iterator[list[Tensor]]:
+    """While the block runs, each call of the tail also gives what its stock output block makes of the same features:
     a list of [1, frames, H, W]. The costly part of the head, before the tail, runs only once."""
-    tail: Any = head.tail
     depths: list[Tensor] = []
     stock = MoEHead.from_conv_block(
         tail.source_block,

@@ -125,7 +125,7 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
 
 def test_weights_of_another_model_are_refused(tmp_path):
     save_file({"layer1.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
-    with pytest.raises(ValueError, match="must hold the weights of a MiniVGGT or a VGGT, got none for 'aggregator"):
+    with pytest.raises(ValueError, match="the weights of a MiniVGGT, a VGGT or a Depth Anything 3, got none for 'agg"):
         load_model(tmp_path / "resnet.safetensors")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ HEIGHT, WIDTH, PATCH = 28, 42, 14
 
 def package():
     """The package's configuration module; skips the test where the package is not there."""
+    os.environ.setdefault("DA3_LOG_LEVEL", "WARN")
     cfg = pytest.importorskip("depth_anything_3.cfg", reason=WHY_NOT, exc_type=ImportError)
     pytest.importorskip("depth_anything_3.model.dualdpt", reason=WHY_NOT, exc_type=ImportError)
-    logging.disable(logging.INFO)
     return cfg
 
 
