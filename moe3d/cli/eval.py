@@ -18,7 +18,7 @@ import moe3d
 from moe3d.atomic import check_file, output_folder
 from moe3d.benchmark.machine import describe
 from moe3d.cli.arguments import integer, positive
-from moe3d.cli.device import add_device_arguments, choose_device, choose_dtype
+from moe3d.cli.model import NAME_HELP, OPTIONS, add_model_arguments, choose_device, choose_dtype, load, width_of
 from moe3d.data import DATASETS, Dataset, open_dataset
 from moe3d.evaluation import FileSystem, ModelSystem, Protocol, default_sampling, evaluate
 from moe3d.evaluation.alignment import METHODS
@@ -27,7 +27,8 @@ from moe3d.evaluation.protocol import CROPS
 from moe3d.evaluation.sampling import SAMPLINGS
 from moe3d.evaluation.systems import System
 from moe3d.integrations import patched_heads
-from moe3d.models import input_width, load_model
+from moe3d.models import load_model
+from moe3d.nn import MoEHead
 from moe3d.viz.evaluation import Gallery, render_evaluation
 from moe3d.viz.metrics import METRICS
 
@@ -57,21 +58,12 @@ def _add_subject(command: argparse.ArgumentParser, datasets) -> None:
     command.add_argument("--dataset", required=True, choices=datasets)
     command.add_argument("--root", metavar="DIR", help="the dataset's folder; synthetic and motorcycle need none")
     judged = command.add_mutually_exclusive_group()
-    judged.add_argument(
-        "--model",
-        metavar="NAME",
-        help="'mini', a name on the Hugging Face hub (facebook/VGGT-1B, depth-anything/DA3-BASE) or a path (default: "
-        "mini); with a MoE head the stock one is judged beside it",
-    )
+    beside = "with a MoE head the stock one is judged beside it"
+    judged.add_argument("--model", metavar="NAME", help=f"{NAME_HELP} (default: mini); {beside}")
     judged.add_argument(
         "--predictions", metavar="DIR", help="judge DIR/<sequence>.npz of any system instead of a model"
     )
-    command.add_argument(
-        "--head",
-        metavar="PATH",
-        help="a trained MoE head, or 'stock' for none (default: the shipped one for mini, else stock)",
-    )
-    add_device_arguments(command.add_argument)
+    add_model_arguments(command.add_argument)
     command.add_argument(
         "--compare",
         type=_named_folder,
@@ -180,8 +172,9 @@ def _check_usage(args: argparse.Namespace) -> None:
         if name in taken:
             args.command.error(f"argument --compare: the name '{name}' is taken")
         taken.add(name)
-    if args.predictions is not None and args.head is not None:
-        args.command.error("argument --head: not allowed with argument --predictions")
+    for option in OPTIONS if args.predictions is not None else ():
+        if getattr(args, option) != args.command.get_default(option):
+            args.command.error(f"argument --{option}: not allowed with argument --predictions")
 
 
 def _evaluate(args: argparse.Namespace, dataset: Dataset, gallery: Gallery) -> dict:
@@ -219,20 +212,27 @@ def _systems(args: argparse.Namespace) -> tuple[list[System], dict[str, Any]]:
         return list(files), {"systems": descriptions}
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    model = args.model or MINI
-    models = _models(model, args.head)
-    descriptions = {name: f"{model}, {what}" for name, (_, what) in models.items()} | descriptions
-    running = [ModelSystem(name, model.to(device), input_width(model), dtype) for name, (model, _) in models.items()]
-    return [*running, *files], {"systems": descriptions, "device": str(device), "dtype": str(dtype)[6:]}
+    models = _models(args, device)
+    descriptions = {name: f"{args.model or MINI}, {what}" for name, (_, what) in models.items()} | descriptions
+    running = [ModelSystem(name, model, width_of(args, model), dtype) for name, (model, _) in models.items()]
+    where = {"device": str(device), "dtype": str(dtype)[6:], "width": running[0].width}
+    return [*running, *files], {"systems": descriptions, **where}
 
 
-def _models(name: str, head: str | None) -> dict[str, tuple[torch.nn.Module, str]]:
+def _models(args: argparse.Namespace, device: torch.device) -> dict[str, tuple[torch.nn.Module, str]]:
     """Name -> model, what its depth head is."""
-    model = load_model(name, head)
-    if not patched_heads(model):
+    name = args.model or MINI
+    model = load(args, name, device)
+    heads = patched_heads(model)
+    if not heads:
         return {STOCK: (model, "stock head")}
-    what = f"MoE head {head}" if head else "shipped MoE head"
-    return {MOE: (model, what), STOCK: (load_model(name, "stock"), "stock head")}
+    what = f"MoE head {args.head}" if args.head else "shipped MoE head"
+    how = "".join(f", {name} {_settings(head.tail)}" for name, head in heads.items())
+    return {MOE: (model, what + how), STOCK: (load_model(name, "stock").to(device), "stock head")}
+
+
+def _settings(tail: MoEHead) -> str:
+    return f"by {tail.mode}, {tail.sharpen} passes of sharpening, backend {tail.backend}, precision {tail.precision}"
 
 
 def _versions() -> dict[str, str]:

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from moe3d.cli.arguments import folder, integer, number, positive
-from moe3d.cli.device import add_device_arguments, choose_device, choose_dtype
-from moe3d.models import input_width, load_model
-from moe3d.ops.dispatch import AUTO, NAMES
-from moe3d.ops.mixture import MODES
-from moe3d.ops.types import PRECISIONS
+from moe3d.cli.model import NAME_HELP, add_model_arguments, choose_device, choose_dtype, load, width_of
 from moe3d.reconstruct.exports import EXPORTERS, Exporter, export_pictures
 from moe3d.reconstruct.frames import ReconstructedFrame
 from moe3d.reconstruct.points import PointSelection
 from moe3d.reconstruct.run import Job, file_stamp, reconstruct
 from moe3d.viz.pictures import gate_picture
-
-PATCH = 14
 
 
 def gates(frame: ReconstructedFrame):
@@ -34,9 +25,7 @@ def gates(frame: ReconstructedFrame):
     return gate_picture(frame.weights)
 
 
-ALL_EXPORTERS: dict[str, Exporter] = EXPORTERS | {
-    "gate-png": functools.partial(export_pictures, kind="gate", picture=gates)
-}
+ALL_EXPORTERS: dict[str, Exporter] = EXPORTERS | {"gate-png": partial(export_pictures, kind="gate", picture=gates)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,41 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="folder to write to")
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="mini",
-        metavar="NAME",
-        help="'mini', a name on the Hugging Face hub (facebook/VGGT-1B, depth-anything/DA3-BASE) or a path (default: "
-        "%(default)s)",
-    )
-    add(
-        "--head",
-        metavar="PATH",
-        help="a trained MoE head, or 'stock' for the model's own (default: the shipped one for mini, else stock)",
-    )
-    add("--mode", choices=MODES, help="how the experts are combined (default: the head's own)")
-    add(
-        "--sharpen",
-        type=integer(0),
-        metavar="N",
-        help="passes of a filter that moves the MoE head's depth edges to the image's (default: the head's own)",
-    )
+    add("--model", default="mini", metavar="NAME", help=f"{NAME_HELP} (default: %(default)s)")
+    add_model_arguments(add)
     add("--experts", action="store_true", help="keep each expert's depth, too")
-    add("--backend", default=AUTO, choices=NAMES, help="of the MoE head (default: %(default)s)")
-    add("--precision", default="auto", choices=PRECISIONS, help="of the head's convolutions (default: %(default)s)")
-    add_device_arguments(add)
     add(
         "--frames-chunk",
         type=integer(),
         default=8,
         metavar="N",
         help="frames the heads see at once (default: %(default)s)",
-    )
-    add(
-        "--width",
-        type=integer(PATCH, multiple_of=PATCH),
-        metavar="PIXELS",
-        help="of the images that the model gets (default: 224 for mini, else 518)",
     )
 
     add = parser.add_argument_group("input").add_argument
@@ -136,9 +99,9 @@ def run(args: argparse.Namespace) -> None:
     job = Job(
         inputs=args.inputs,
         out=args.out,
-        load=lambda: load(args, device),
+        load=lambda: load(args, args.model, device, return_experts=True),
         identity=identity(args),
-        width=lambda model: args.width or input_width(model),
+        width=partial(width_of, args),
         fps=args.fps,
         frames_chunk=args.frames_chunk,
         dtype=choose_dtype(args.dtype, device),
@@ -151,19 +114,6 @@ def run(args: argparse.Namespace) -> None:
     for note in [*summary["notes"], *(f"skipped: {why}" for why in summary["skipped"].values())]:
         print(note, file=sys.stderr)
     print(json.dumps(summary, indent=2) if args.json else as_text(summary))
-
-
-def load(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    model = load_model(
-        args.model,
-        args.head,
-        mode=args.mode,
-        sharpen=args.sharpen,
-        backend=args.backend,
-        precision=args.precision,
-        return_experts=True,
-    )
-    return model.to(device)
 
 
 def identity(args: argparse.Namespace) -> dict[str, Any]:

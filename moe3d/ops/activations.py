@@ -96,7 +96,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 CONF_ACTIVATIONS: dict[str, Activation] = {
-    "expp1": Activation(lambda y: 1 + torch.exp(y), _exp_vjp, positive=True),
-    "expp0": Activation(torch.exp, _exp_vjp, positive=True),
-    "sigmoid": Activation(torch.sigmoid, _sigmoid_vjp, positive=True),
+    "expp1": Activation(lambda y: 1 + torch.exp(y), _exp_vjp),
+    "expp0": Activation(torch.exp, _exp_vjp),
+    "sigmoid": Activation(torch.sigmoid, _sigmoid_vjp),
 }

@@ -7,14 +7,20 @@ import json
 import numpy as np
 import pytest
 
-from moe3d.cli import eval as command
 from moe3d.cli import main
+from moe3d.cli import model as model_options
 from moe3d.data import open_dataset
 from moe3d.data.synthetic import SyntheticDataset
-from moe3d.evaluation import Predictions, write_predictions
+from moe3d.evaluation import ModelSystem, Predictions, Protocol, write_predictions
+from moe3d.evaluation import evaluate as judge
+from moe3d.models import load_mini
 from support.evaluation import perfect
 
 TASKS = ("mv", "depth", "boundary")
+OPTION_VALUES = {
+    "head": "y", "mode": "mean", "sharpen": "0", "backend": "cpu", "precision": "ieee", "device": "cpu",
+    "dtype": "float32", "width": "28",
+}  # fmt: skip
 KEYS = {
     "mv": {"acc_mean", "acc_median", "comp_mean", "comp_median", "nc_mean", "nc_median", "nonfinite", "coverage"},
     "depth": {"abs_rel", "delta1", "delta2", "delta3", "sq_rel", "rmse", "log_rmse", "nonfinite", "coverage"},
@@ -28,7 +34,7 @@ KEYS = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(SyntheticDataset, "size", (42, 56))
-    monkeypatch.setattr(command, "input_width", lambda model: 56)
+    monkeypatch.setattr(model_options, "input_width", lambda model: 56)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +89,8 @@ def test_the_shipped_model_has_its_stock_head_beside_it(task, tmp_path):
     assert evaluate(task, "--limit", 1, "--out", out) == 0
     report = json.loads(out.read_text())
     assert report["system"] == "moe" and list(report["compare"]) == ["stock"]
-    assert report["protocol"]["systems"] == {"moe": "mini, shipped MoE head", "stock": "mini, stock head"}
+    how = "depth by mean, 4 passes of sharpening, backend auto, precision auto"
+    assert report["protocol"]["systems"] == {"moe": f"mini, shipped MoE head, {how}", "stock": "mini, stock head"}
     assert report["mean"]["coverage"] == 1 and report["mean"] != report["compare"]["stock"]["mean"]
     assert set(report["versions"]) == {"moe3d", "python", "torch", "numpy", "scipy", "scikit-image"}
 
@@ -110,6 +117,25 @@ def test_a_model_runs_where_and_in_what_it_is_told_to(tmp_path, capsys):
     capsys.readouterr()
     assert evaluate("depth", "--device", "cuda:99") == 1
     assert "error: --device 'cuda:99' is not available here" in capsys.readouterr().err
+
+
+def test_the_head_decodes_as_it_is_told_to(tmp_path):
+    """Against what the model's own attributes give."""
+    out = tmp_path / "report.json"
+    flags = ["--mode", "argmax", "--sharpen", 0, "--backend", "reference", "--precision", "ieee", "--width", 84]
+    assert evaluate("depth", *flags, "--limit", 1, "--per", "sequence", "--align", "none", "--out", out) == 0
+    report = json.loads(out.read_text())
+    assert report["protocol"]["width"] == 84
+    how = "by argmax, 0 passes of sharpening, backend reference, precision ieee"
+    assert report["protocol"]["systems"]["moe"] == f"mini, shipped MoE head, depth {how}"
+
+    model = load_mini("moe")
+    tail = model.depth_head.tail
+    tail.mode, tail.sharpen, tail.backend, tail.precision = "argmax", 0, "reference", "ieee"
+    dataset = open_dataset("synthetic")
+    protocol = Protocol("depth", "synthetic", align="none", per="sequence", limit=1)
+    expected = judge(dataset, [ModelSystem("moe", model, 84)], protocol)
+    assert report["mean"]["abs_rel"] == pytest.approx(expected["mean"]["abs_rel"], rel=1e-6)
 
 
 def test_the_protocol_is_what_was_asked_for(predictions, tmp_path):
@@ -159,7 +185,13 @@ def test_the_protocol_is_what_was_asked_for(predictions, tmp_path):
         (["eval", "depth", "--dataset", "synthetic", "--compare", "moe=x"], "the name 'moe' is taken"),
         (["eval", "depth", "--dataset", "synthetic", "--compare", "a=x", "--compare", "a=y"], "the name 'a' is taken"),
         (["eval", "depth", "--dataset", "synthetic", "--predictions", "x", "--model", "mini"], "not allowed with"),
-        (["eval", "depth", "--dataset", "synthetic", "--predictions", "x", "--head", "y"], "not allowed with"),
+        *(
+            (
+                ["eval", "depth", "--dataset", "synthetic", "--predictions", "x", f"--{option}", value],
+                f"argument --{option}: not allowed with argument --predictions",
+            )
+            for option, value in OPTION_VALUES.items()
+        ),
         (["eval", "depth", "--dataset", "synthetic", "--out", "page.html"], "must name a JSON file, got 'page.html'"),
         (["eval", "depth", "--dataset", "synthetic", "--sampling", "all"], "unrecognized arguments: --sampling all"),
     ],

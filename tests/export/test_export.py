@@ -14,6 +14,7 @@ import moe3d.export
 from support import da3, models
 from support.models import disturb, images, tensors
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -131,9 +132,14 @@ def test_inputs_are_named_by_what_they_are(tmp_path):
 def test_bfloat16_needs_an_opset_that_has_it(tmp_path):
     head = moe3d.MoEHead(4, num_experts=2, precision="bf16").eval()
     args = (torch.randn(1, 4, 3, 3), (6, 6))
-    with pytest.raises(ValueError, match="opset must be at least 22 for a model that computes in bfloat16, got None"):
-        moe3d.export.to_onnx(head, args, tmp_path / "head.onnx")
+    for opset in (None, 21):
+        says = f"opset must be at least 22 for a model that computes in bfloat16, got {opset}"
+        with pytest.raises(ValueError, match=says):
+            moe3d.export.to_onnx(head, args, tmp_path / "head.onnx", opset=opset)
     assert not list(tmp_path.iterdir())
+    moe3d.export.to_onnx(head, args, tmp_path / "head.onnx", opset=22)
+    (opset,) = {given.version for given in onnx.load(tmp_path / "head.onnx").opset_import if not given.domain}
+    assert opset == 22
 
 
 def test_what_is_refused(tmp_path):

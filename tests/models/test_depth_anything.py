@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
 
 import moe3d
-from moe3d.cli import eval as eval_command
 from moe3d.cli import main
+from moe3d.cli import model as model_options
 from moe3d.data.synthetic import SyntheticDataset
 from moe3d.geometry import decode_pose
 from moe3d.integrations import patched_heads
@@ -205,7 +205,7 @@ def test_reconstruct_writes_frames_and_points_and_nothing_but_its_summary(file, 
 
 def test_eval_judges_its_head_beside_the_stock_one(file, head_file, tmp_path, monkeypatch):
     monkeypatch.setattr(SyntheticDataset, "size", (42, 56))
-    monkeypatch.setattr(eval_command, "input_width", lambda model: 56)
+    monkeypatch.setattr(model_options, "input_width", lambda model: 56)
     report = tmp_path / "report.json"
     flags = ["--model", file, "--head", head_file, "--limit", 1, "--out", report]
     assert main(["eval", "mv", "--dataset", "synthetic", *map(str, flags)]) == 0

@@ -11,10 +11,12 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+import torch
 
 import moe3d
 from moe3d import _build
 from moe3d.ops import native
+from moe3d.ops.types import HeadOptions, HeadTensors
 from support.problems import random_problem
 
 HAS_NATIVE = _build.native().module is not None
@@ -29,6 +31,12 @@ def fresh():
     yield
     for cached in (_build.native, _build.record):
         cached.cache_clear()
+
+
+def test_tensors_elsewhere_are_not_the_cpu_backends():
+    elsewhere = HeadTensors(*[torch.empty(1, device="meta")] * len(HeadTensors._fields))
+    reason = native.CPUBackend().unsupported(elsewhere, HeadOptions())
+    assert reason == "x is on 'meta', and this backend works on the CPU"
 
 
 @needs_native

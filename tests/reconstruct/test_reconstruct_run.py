@@ -331,7 +331,7 @@ def test_resuming_with_other_settings_or_damaged_frames(start, photos, tmp_path,
 
 def test_a_finished_run_is_resumed_without_the_model(start, photos, tmp_path, monkeypatch):
     assert start(photos, "--export", "npz")[0] == 0
-    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: pytest.fail("the frames are there"))
+    monkeypatch.setattr(command, "load", lambda *args, **kwargs: pytest.fail("the frames are there"))
     code, summary, _ = start(photos, "--export", "glb,colmap", "--resume", "--max-points", "100")
     assert code == 0 and (summary["resumed"], summary["points"]) == (10, 100)
     assert sorted(os.listdir(tmp_path / "out")) == ["room", "room.glb", "room.npz"]
