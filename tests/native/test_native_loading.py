@@ -34,9 +34,18 @@ def fresh():
 
 
 def test_tensors_elsewhere_are_not_the_cpu_backends():
+    options = HeadOptions(2, 2, 1.0, "exp", None, "mean", 0.3, False, 0.0, "auto")
     elsewhere = HeadTensors(*[torch.empty(1, device="meta")] * len(HeadTensors._fields))
-    reason = native.CPUBackend().unsupported(elsewhere, HeadOptions())
+    reason = native.CPUBackend().unsupported(elsewhere, options)
     assert reason == "x is on 'meta', and this backend works on the CPU"
+
+
+def test_a_kernels_status_is_an_error_that_says_who_failed():
+    native.check_status(0, "anybody")
+    with pytest.raises(MemoryError, match="^the cpu backend ran out of memory$"):
+        native.check_status(1, "the cpu backend")
+    with pytest.raises(RuntimeError, match="^the cpu backend failed: status 99$"):
+        native.check_status(99, "the cpu backend")
 
 
 @needs_native
