@@ -66,7 +66,7 @@ def times(records: Sequence[Record]) -> str:
 
 def memory(records: Sequence[Record]) -> str:
     case = Case(**records[0].case)
-    columns = [("", lambda r: r.peer), ("peak MB", lambda r: f"{r.peak_bytes / 2**20:.0f}" if r.peak_bytes else "")]
+    columns = [("", lambda r: r.peer), ("peak MiB", lambda r: f"{r.peak_bytes / 2**20:.0f}" if r.peak_bytes else "")]
     about = next(RACES[race].about for race, suite in MEMORY_SUITES.items() if suite == records[0].suite)
     title = f"peak memory beyond the inputs of {about}, {case.height}x{case.width}, {_frames(case.frames)}"
     return f"{title}\n{_table(columns, records)}"
