@@ -20,7 +20,7 @@ from moe3d.benchmark.case import arithmetic
 from support.backends import cannot_run, runners
 
 NO_SKIPS = "MOE3D_NO_SKIPS"  # set by `make test-real`
-TAKE_MINUTES = {"test_triton_interpreter.py"}
+TAKE_MINUTES = {"test_triton_interpreter.py", "test_native_sanitized.py", "test_triton_compile.py"}
 
 
 def pytest_configure(config):
