@@ -324,7 +324,7 @@ class Schedule:
 
     def at(self, progress: float) -> float:
         """The value at a progress from 0 to 1."""
-        if self.end is None or self.kind == "constant":
+        if self.end is None:
             return self.start
         x = min(1.0, progress / self.part)
         if self.kind == "exponential":
