@@ -27,6 +27,9 @@ def t(*shape, dtype=torch.float32, device="cpu"):
 
 TABLES = arguments()["pos"]
 NO_GATE = dict.fromkeys((*GATE, "gate_logits"))
+TWO_EXPERTS = {
+    "expert_w1": t(2, HD, C, 3, 3), "expert_b1": t(2, HD), "expert_w2": t(2, OUT, HD), "expert_b2": t(2, OUT),
+}  # fmt: skip
 
 CASES = [
     # size
@@ -92,6 +95,7 @@ CASES = [
     # ranks and sizes
     (ValueError, r"x must have shape \[B, C, h, w\], got \[6, 3, 4\]", {"x": t(C, 3, 4)}),
     (ValueError, r"x must have at least one channel and one pixel, got shape \[2, 6, 0, 4\]", {"x": t(B, C, 0, 4)}),
+    (ValueError, r"x must have at least one channel and one pixel, got shape \[2, 6, 3, 0\]", {"x": t(B, C, 3, 0)}),
     (ValueError, r"x must have at least one channel and one pixel", {"x": t(B, 0, 3, 4)}),
     (
         ValueError,
@@ -129,6 +133,7 @@ CASES = [
     # the gate
     (ValueError, r"gate_w2 is None, but the other gate tensors are given", {"gate_w2": None}),
     (ValueError, r"gate_w1, gate_b1, gate_w2 and gate_b2 may be None only for one expert, got K = 3", NO_GATE),
+    (ValueError, r"gate_b2 may be None only for one expert, got K = 2", NO_GATE | TWO_EXPERTS),
     # numbers
     *(
         (error, rf"{name} must be a finite number {bound}, got {re.escape(repr(value))}", {name: value})
