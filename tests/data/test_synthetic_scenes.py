@@ -38,6 +38,29 @@ def test_equal_seeds_give_equal_bytes(samples):
     assert not torch.equal(samples[0].depth, samples[1].depth)
 
 
+# The mean and the spread of red, green and blue, and the depths at 10, 50 and 90%, of each seed's scene.
+FIGURES = [
+    [0.4831, 0.3722, 0.2680, 0.2898, 0.1905, 0.1434, 0.9346, 4.5264, 6.8404],
+    [0.2800, 0.2379, 0.2115, 0.2416, 0.2393, 0.2428, 2.3443, 7.2745, 7.9266],
+    [0.3107, 0.3409, 0.2637, 0.2022, 0.1812, 0.1961, 2.3529, 3.3995, 8.1878],
+    [0.4887, 0.5425, 0.4653, 0.2003, 0.2393, 0.2344, 2.1190, 4.5393, 9.1197],
+    [0.3799, 0.3370, 0.3098, 0.1697, 0.1753, 0.1752, 1.1299, 4.2664, 5.0836],
+    [0.4437, 0.4752, 0.4513, 0.2102, 0.1941, 0.1862, 3.3000, 5.9946, 7.2027],
+    [0.4978, 0.4312, 0.3622, 0.2588, 0.2536, 0.2369, 2.7039, 3.9581, 4.5494],
+    [0.4146, 0.4458, 0.4296, 0.1981, 0.1642, 0.1710, 1.8467, 4.9803, 6.1882],
+    [0.4314, 0.4333, 0.4316, 0.1572, 0.1667, 0.1813, 1.7498, 2.4704, 4.6709],
+    [0.4555, 0.3287, 0.2323, 0.2069, 0.1496, 0.1395, 0.7972, 1.3231, 5.3410],
+]
+
+
+def test_scenes_are_those_of_the_published_figures(samples):
+    """Whoever changes what is drawn must train the shipped weights and measure README's figures anew."""
+    for sample, expected in zip(samples, FIGURES, strict=True):
+        colors = [*sample.images.mean((0, 2, 3)), *sample.images.std((0, 2, 3))]
+        depths = np.quantile(sample.depth[sample.valid].numpy(), [0.1, 0.5, 0.9])
+        np.testing.assert_allclose([*map(float, colors), *depths], expected, rtol=2e-3)
+
+
 def test_a_view_is_the_same_alone_and_among_others(samples):
     assert_same_bytes(render_scene(SEEDS[1], (96, 128), 2), select(samples[1], [0, 1]))
     assert_same_bytes(render_scene(SEEDS[1], (96, 128), [2, 0]), select(samples[1], [2, 0]))

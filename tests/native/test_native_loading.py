@@ -42,9 +42,9 @@ def test_tensors_elsewhere_are_not_the_cpu_backends():
 
 def test_a_kernels_status_is_an_error_that_says_who_failed():
     native.check_status(0, "anybody")
-    with pytest.raises(MemoryError, match="^the cpu backend ran out of memory$"):
+    with pytest.raises(MemoryError, match=r"^the cpu backend ran out of memory$"):
         native.check_status(1, "the cpu backend")
-    with pytest.raises(RuntimeError, match="^the cpu backend failed: status 99$"):
+    with pytest.raises(RuntimeError, match=r"^the cpu backend failed: status 99$"):
         native.check_status(99, "the cpu backend")
 
 
