@@ -5,7 +5,6 @@ from moe3d.integrations.da3 import unpatch_da3 as unpatch_da3
 from moe3d.integrations.head_file import load_head as load_head
 from moe3d.integrations.head_file import save_head as save_head
 from moe3d.integrations.kinds import patch as patch
-from moe3d.integrations.kinds import patch_depth_head as patch_depth_head
 from moe3d.integrations.kinds import patched_heads as patched_heads
 from moe3d.integrations.kinds import unpatch as unpatch
 from moe3d.integrations.vggt import patch_vggt as patch_vggt

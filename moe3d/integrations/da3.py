@@ -37,6 +37,8 @@ def patch_da3(
     temperature: float = 1.0,
     mode: str = "mean",
     gap: float = 0.3,
+    image_gate: bool | str = False,
+    sharpen: int = 0,
     return_experts: bool = False,
     backend: str = "auto",
     precision: str = "auto",
@@ -60,8 +62,8 @@ def patch_da3(
         gate_hidden: hidden channels of the gate.
         init_noise: of each expert's weights, relative to each tensor's standard deviation.
         temperature, mode, gap, return_experts, backend, precision, skip_below, seed: see :class:`~moe3d.nn.MoEHead`.
-
-    There is no image gate: these heads never see the image.
+        image_gate, sharpen: likewise, for a head that is given ``images`` when it is called: by
+            :class:`moe3d.models.depth_anything.DepthAnything3`, not by Depth Anything 3's own networks.
 
     Returns:
         The same model. Undo with :func:`unpatch_da3`. A stock checkpoint still loads, strictly.
@@ -74,6 +76,8 @@ def patch_da3(
     if isinstance(head, PatchedDA3Head):
         raise ValueError(f"{name} is already patched: call unpatch_da3(model) first")
     _check_head(name, head)
+    if image_gate or sharpen:
+        _check_images(model, name, head)
     tail = MoEHead.from_conv_block(
         head.scratch.output_conv2,
         num_experts,
@@ -85,6 +89,8 @@ def patch_da3(
         temperature=temperature,
         mode=mode,
         gap=gap,
+        image_gate=image_gate,
+        sharpen=sharpen,
         return_experts=return_experts,
         backend=backend,
         precision=precision,
@@ -157,17 +163,36 @@ class PatchedDA3Head(nn.Module):
         super().__setattr__(name, value)
 
     def forward(
-        self, feats: Sequence[Any], H: int, W: int, patch_start_idx: int, chunk_size: int | None = 8
+        self,
+        feats: Sequence[Any],
+        H: int,
+        W: int,
+        patch_start_idx: int,
+        chunk_size: int | None = 8,
+        images: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Pairs or lists whose first is a token tensor [B, S, patch_start_idx + P, dim], one for each level.
+        """Pairs or lists whose first is a token tensor [B, S, patch_start_idx + P, dim], one for each level; images
+        [B, S, 3, H, W] in [0, 1] where the tail looks at them.
 
         ``chunk_size`` frames at a time bound the memory; None = all at once, as in an exported graph.
         """
         chunk_size = None if torch.compiler.is_exporting() else chunk_size
-        return self.stock_class.forward(self, feats, H, W, patch_start_idx, chunk_size=chunk_size)
+        if images is None:
+            return self.stock_class.forward(self, feats, H, W, patch_start_idx, chunk_size=chunk_size)
+        batch, frames = images.shape[:2]
+        step = frames if chunk_size is None else chunk_size
+        chunks = []
+        for part in (slice(i, i + step) for i in range(0, frames, step)):  # the stock head would not cut the images
+            tokens = [feat[0][:, part].flatten(0, 1) for feat in feats]
+            results = self._forward_impl(tokens, H, W, patch_start_idx, images[:, part].flatten(0, 1))
+            chunks.append({key: value.unflatten(0, (batch, -1)) for key, value in results.items()})
+        return {key: torch.cat([chunk[key] for chunk in chunks], dim=1) for key in chunks[0]}
 
-    def _forward_impl(self, feats: Sequence[Tensor], H: int, W: int, patch_start_idx: int) -> dict[str, Tensor]:
-        """One chunk: token tensors [N, patch_start_idx + P, dim] to results with N frames in front."""
+    def _forward_impl(
+        self, feats: Sequence[Tensor], H: int, W: int, patch_start_idx: int, image: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """One chunk: token tensors [N, patch_start_idx + P, dim] and images [N, 3, H, W] to results with N frames in
+        front."""
         grid = (H // self.patch_size, W // self.patch_size)
         levels = [
             self._project(i, feats[layer][:, patch_start_idx:], grid, (H, W))
@@ -178,7 +203,7 @@ class PatchedDA3Head(nn.Module):
         rows, columns = (int(n * self.patch_size / self.down_ratio) for n in grid)
         size = (rows, columns)
         pos = position_tables(size, fused.shape[1], W / H, fused) if self.pos_embed else None
-        results = self._present(self.tail(fused, size, pos=pos))
+        results = self._present(self.tail(fused, size, pos=pos, image=image))
         if _has_rays(self):
             results |= self._rays(_fuse(self.scratch, levels, "_aux"), (H, W))
         if _has_sky(self):
@@ -293,6 +318,20 @@ def _check_head(name: str, head: Any) -> None:
             check_conv_block(getattr(head.scratch, block))
         except ValueError as error:
             raise ValueError(f"{name}.scratch.{block}: {error}") from None
+
+
+def _check_images(model: Any, name: str, head: Any) -> None:
+    """ValueError where the head is not shown images, or not at the resolution at which it predicts."""
+    if head is not model and not getattr(model, "shows_images", False):
+        raise ValueError(
+            "image_gate and sharpen need a model that gives its head the images, as moe3d.models.DepthAnything3 does, "
+            f"got {type(model).__name__}"
+        )
+    if head.down_ratio != 1:
+        raise ValueError(
+            f"image_gate and sharpen need predictions at the image's own resolution, but {name} has "
+            f"down_ratio={head.down_ratio}"
+        )
 
 
 def _translate(name: str, attribute: str, head: Any, names: dict[str, str]) -> str:

@@ -23,7 +23,8 @@ class Kind(NamedTuple):
 
 
 def _fits_vggt(model: Any) -> bool:
-    return any(hasattr(model, f"{name}_head") for name in vggt.HEADS)
+    # moe3d.models gives Depth Anything 3 VGGT's attributes, too.
+    return any(hasattr(model, f"{name}_head") for name in vggt.HEADS) and not _fits_da3(model)
 
 
 def _patch_vggt_head(model: nn.Module, name: str, **options: Any) -> nn.Module:
@@ -34,26 +35,13 @@ def _fits_da3(model: Any) -> bool:
     return da3.find_head(model) is not None
 
 
-def _patch_da3_head(
-    model: nn.Module, name: str, image_gate: bool | str = False, sharpen: int = 0, **options: Any
-) -> nn.Module:
-    if name != "depth" or image_gate or sharpen:
-        raise ValueError(
-            f"Depth Anything 3 has a depth head that sees no image, got {name!r}, {image_gate=}, {sharpen=}"
-        )
+def _patch_da3_head(model: nn.Module, name: str, **options: Any) -> nn.Module:
+    if name != "depth":
+        raise ValueError(f"Depth Anything 3 has no other head than that of depth, got {name!r}")
     return da3.patch_da3(model, **options)
 
 
-KINDS = (  # Depth Anything 3 first: moe3d.models gives it VGGT's attributes, too
-    Kind(
-        "da3",
-        "a head with head_main like Depth Anything 3's (or be one)",
-        _fits_da3,
-        da3.patch_da3,
-        _patch_da3_head,
-        da3.unpatch_da3,
-        da3.patched_heads,
-    ),
+KINDS = (
     Kind(
         "vggt",
         "a depth_head or point_head like VGGT's",
@@ -62,6 +50,15 @@ KINDS = (  # Depth Anything 3 first: moe3d.models gives it VGGT's attributes, to
         _patch_vggt_head,
         vggt.unpatch_vggt,
         vggt.patched_heads,
+    ),
+    Kind(
+        "da3",
+        "a head with head_main like Depth Anything 3's (or be one)",
+        _fits_da3,
+        da3.patch_da3,
+        _patch_da3_head,
+        da3.unpatch_da3,
+        da3.patched_heads,
     ),
 )
 
@@ -82,11 +79,6 @@ def patch(model: nn.Module, num_experts: int = 4, **options: Any) -> nn.Module:
         TypeError: an option that this kind of model does not have, or as that function.
     """
     return kind_of(model).patch(model, num_experts, **options)
-
-
-def patch_depth_head(model: nn.Module, **options: Any) -> nn.Module:
-    """As :func:`patch`, and no other head than that of depth; an option which this kind lacks may have its default."""
-    return kind_of(model).patch_head(model, "depth", **options)
 
 
 def unpatch(model: nn.Module) -> nn.Module:

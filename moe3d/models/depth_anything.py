@@ -35,6 +35,7 @@ class DepthAnything3(nn.Module):
         network: one that predicts cameras, as all but the metric and the monocular networks do.
     """
 
+    shows_images = True  # to its head, as Depth Anything 3's own networks do not
     aggregator: Aggregator
     camera_head: CameraHead
     depth_head: DepthHead
@@ -138,7 +139,8 @@ class DepthHead(nn.Module):
     ) -> dict[str, Tensor]:
         """The head's maps of depth by their own names, each [B, S, ...]; its rays are left out."""
         layers = [(layer,) for layer in tokens]
-        maps = self.head(layers, *images.shape[-2:], patch_start_idx, chunk_size=frames_chunk_size)
+        shown = {"images": images} if self.tail is not None and self.tail.sees_image else {}
+        maps = self.head(layers, *images.shape[-2:], patch_start_idx, chunk_size=frames_chunk_size, **shown)
         return {name: value for name, value in maps.items() if name.startswith("depth")}
 
     def forward(

@@ -67,8 +67,6 @@ def load_model(
     _check_options(name, tails, mode=mode, sharpen=sharpen, backend=backend, precision=precision)
     for tail in tails.values():
         tail.backend, tail.precision, tail.return_experts = backend, precision, return_experts
-    if sharpen and isinstance(model, DepthAnything3):
-        raise ValueError(f"sharpen must be 0 for Depth Anything 3, whose head sees no image, got {sharpen!r}")
     if "depth" in tails:
         tails["depth"].mode = mode or tails["depth"].mode
         tails["depth"].sharpen = tails["depth"].sharpen if sharpen is None else sharpen

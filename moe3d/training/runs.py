@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from moe3d.atomic import whole_file
-from moe3d.integrations import patch_depth_head, patched_heads, save_head, unpatch
+from moe3d.integrations import patch, patched_heads, save_head, unpatch
 from moe3d.models import MiniVGGT, save_mini
 from moe3d.models.load import load_model
 from moe3d.training.features import CachedScenes, FeatureNetwork, cache_scenes, read_batches
@@ -113,7 +113,7 @@ def _prepare(
         if held_out is not None:
             cache_scenes(model, held_out, count, options.cache / "val", *how)
         process.wait_for_everyone()
-    patch_depth_head(model, **options.recipe.patch_options(seed))
+    patch(model, **options.recipe.patch_options(seed))
     options.recipe.spread_experts(patched_heads(model)["depth"].tail)
     set_trainable(model, options.part, options.recipe.camera_weight > 0)
     if options.cache is None:
@@ -133,7 +133,7 @@ def _export(trainer: Trainer, options: RunOptions) -> None:
     if not trainer.accelerator.is_main_process:
         return
     model = load_model(options.model, "stock")
-    patch_depth_head(model, **options.recipe.patch_options(options.train.seed))
+    patch(model, **options.recipe.patch_options(options.train.seed))
     tail = patched_heads(model)["depth"].tail
     place, prefix = (model, "network.model.") if options.cache is None else (tail, "network.tail.")
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

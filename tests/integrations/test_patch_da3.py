@@ -272,14 +272,63 @@ def test_head_files_of_another_kind(tmp_path, head):
         assert_untouched(model, before)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("point", {}), ("depth", {"image_gate": True}), ("depth", {"sharpen": 2})]
-)
-def test_what_a_head_file_may_not_ask_of_it(head, name, options):
+def test_a_head_file_may_not_ask_for_another_head(head):
     kind = next(kind for kind in KINDS if kind.name == "da3")
     before = fingerprint(head)
-    with pytest.raises(ValueError, match=f"Depth Anything 3 has a depth head that sees no image, got '{name}'"):
-        kind.patch_head(head, name, **({"image_gate": False} | options))
+    with pytest.raises(ValueError, match="Depth Anything 3 has no other head than that of depth, got 'point'"):
+        kind.patch_head(head, "point")
+    assert_untouched(head, before)
+
+
+# --- heads that are shown the images ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk_size", [None, 2, 8])
+def test_a_head_that_looks_at_the_images(head, chunk_size):
+    """Its gate's image branch, frame by frame, and the filter, after what the same head gives without it."""
+    head = disturb(moe3d.patch(head, 3, gate_hidden=8, image_gate="guided", sharpen=2, return_experts=True)).eval()
+    images = models.images(2, 3, size=(HEIGHT, WIDTH))
+    feats = [(torch.cat([tokens, tokens.flip(1)]),) for tokens, _ in da3.features(head)]
+    found = head(feats, HEIGHT, WIDTH, 0, chunk_size=chunk_size, images=images)
+
+    tail = head.tail
+    tail.sharpen = 0
+    plain = head(feats, HEIGHT, WIDTH, 0, chunk_size=None, images=images)
+    for key in EXTRAS | {"depth_conf", "ray", "ray_conf"}:
+        torch.testing.assert_close(found[key], plain[key], rtol=1e-4, atol=1e-5)
+    depths = plain["depth"].flatten(0, 1)
+    sharp = moe3d.sharpen.sharpen(depths, images.flatten(0, 1), 2).unflatten(0, (2, 3))
+    assert not torch.equal(sharp, plain["depth"])
+    torch.testing.assert_close(found["depth"], sharp, rtol=1e-4, atol=1e-4)
+
+    other = images.clone()
+    other[1, 2] = 1 - other[1, 2]
+    changed = head(feats, HEIGHT, WIDTH, 0, chunk_size=None, images=other)["depth_weights"] != plain["depth_weights"]
+    assert changed[1, 2].any() and not changed[0].any() and not changed[1, :2].any()
+
+
+def test_a_head_that_looks_at_the_images_must_be_given_them(head):
+    moe3d.patch(head, 2, gate_hidden=8, image_gate=True)
+    with pytest.raises(ValueError, match="image must be given to a head with image_gate or sharpen, got None"):
+        run(head)
+
+
+@pytest.mark.parametrize("option", [{"image_gate": True}, {"sharpen": 1}], ids=str)
+def test_the_networks_show_their_head_no_image(option):
+    network = da3.network()
+    before = fingerprint(network)
+    says = "need a model that gives its head the images, as moe3d.models.DepthAnything3 does, got DepthAnything3Net"
+    with pytest.raises(ValueError, match=says):
+        moe3d.patch(network, **option)
+    assert_untouched(network, before)
+
+
+def test_a_head_of_another_resolution_cannot_look_at_the_images():
+    head = da3.head(**SMALL, down_ratio=2)
+    before = fingerprint(head)
+    with pytest.raises(ValueError, match="predictions at the image's own resolution, but model has down_ratio=2"):
+        moe3d.patch(head, sharpen=1)
     assert_untouched(head, before)
 
 
@@ -361,7 +410,8 @@ def test_wrong_arguments_leave_the_head_as_it_was(head):
     for error_, options in (
         (ValueError, {"num_experts": 0}),
         (ValueError, {"mode": "best"}),
-        (TypeError, {"image_gate": True}),
+        (TypeError, {"heads": ("point",)}),
+        (ValueError, {"image_gate": "seen"}),
         (ValueError, {"backend": "cudnn"}),
     ):
         with pytest.raises(error_, match=next(iter(options))):
