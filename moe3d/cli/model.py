@@ -47,7 +47,7 @@ def add_model_arguments(add: Callable) -> None:
         "--width",
         type=integer(PATCH, multiple_of=PATCH),
         metavar="PIXELS",
-        help="of the images that the model gets (default: what it was made for: 224 for mini, 518 for VGGT)",
+        help="of the images that the model gets (default: 224 for mini, 504 for Depth Anything 3, 518 for VGGT)",
     )
 
 

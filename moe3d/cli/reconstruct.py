@@ -11,6 +11,7 @@ from typing import Any
 
 from moe3d.cli.arguments import folder, integer, number, positive
 from moe3d.cli.model import NAME_HELP, add_model_arguments, choose_device, choose_dtype, load, width_of
+from moe3d.models.load import weights_file
 from moe3d.reconstruct.exports import EXPORTERS, Exporter, export_pictures
 from moe3d.reconstruct.frames import ReconstructedFrame
 from moe3d.reconstruct.points import PointSelection
@@ -119,7 +120,8 @@ def run(args: argparse.Namespace) -> None:
 def identity(args: argparse.Namespace) -> dict[str, Any]:
     """What tells the model and its settings from others."""
     named = {name: getattr(args, name) for name in ("model", "head", "mode", "sharpen", "precision", "width")}
-    return named | {f"{name}_file": file_stamp(Path(named[name] or "")) for name in ("model", "head")}
+    head = file_stamp(Path(args.head)) if args.head else None
+    return named | {"model_file": file_stamp(weights_file(Path(args.model))), "head_file": head}
 
 
 def as_text(summary: dict[str, Any]) -> str:

@@ -158,6 +158,11 @@ class PatchedDA3Head(nn.Module):
     def tail(self) -> MoEHead:
         return self.scratch.output_conv2
 
+    def other_branches(self) -> list[nn.Module]:
+        """What predicts something else than depth: the rays, the sky."""
+        names = [*(_RAY_LAYERS if _has_rays(self) else ()), *(["sky_output_conv2"] if _has_sky(self) else ())]
+        return [getattr(self.scratch, name) for name in names]
+
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_tail(name)
         super().__setattr__(name, value)

@@ -62,6 +62,10 @@ class PatchedDPTHead(nn.Module):
     def tail(self) -> MoEHead:
         return self.scratch.output_conv2
 
+    def other_branches(self) -> list[nn.Module]:
+        """What predicts something else than the head's one map: nothing."""
+        return []
+
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_tail(name)
         super().__setattr__(name, value)

@@ -20,7 +20,9 @@ from moe3d.models.mini import check_images
 INPUT_WIDTH = 504  # of its own API
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of DINOv2's inputs
 _NAMES = {384: "da3-small", 768: "da3-base", 1024: "da3-large", 1536: "da3-giant"}  # by the width of the backbone
-_WIDTH_OF = "model.backbone.pretrained.cls_token"
+_LEAST_FOV = 2e-6  # radians: the network itself takes no less, in half the angle's tangent
+_WIDTH_OF = "model.backbone.pretrained.cls_token"  # [1, 1, width]
+_NESTED = "model.da3."
 _CAMERAS = "model.cam_dec."
 _SPLATS = ("gs_head", "gs_adapter")  # of the giant network, which makes Gaussians with them; nobody calls them here
 
@@ -33,6 +35,9 @@ class DepthAnything3(nn.Module):
 
     Args:
         network: one that predicts cameras, as all but the metric and the monocular networks do.
+
+    Raises:
+        ValueError: another one.
     """
 
     shows_images = True  # to its head, as Depth Anything 3's own networks do not
@@ -42,11 +47,26 @@ class DepthAnything3(nn.Module):
 
     def __init__(self, network: Any) -> None:
         super().__init__()
+        missing = [part for part in ("backbone", "head", "cam_dec") if getattr(network, part, None) is None]
+        if missing:
+            raise ValueError(
+                f"network must be a DepthAnything3Net that predicts cameras, got {type(network).__name__} without "
+                f"{', '.join(missing)}"
+            )
         self.model = network
-        # Past nn.Module, which would register every part a second time.
-        self.__dict__["aggregator"] = Aggregator(network.backbone)
-        self.__dict__["camera_head"] = CameraHead(network.cam_dec)
-        self.__dict__["depth_head"] = DepthHead(network.head)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "model":  # past nn.Module, which would register every part a second time
+            self.__dict__["aggregator"] = Aggregator(value.backbone)
+            self.__dict__["camera_head"] = CameraHead(value.cam_dec)
+            self.__dict__["depth_head"] = DepthHead(value.head)
+
+    def train(self, mode: bool = True) -> DepthAnything3:
+        """As of any module; the views go along."""
+        for view in (self.aggregator, self.camera_head, self.depth_head):
+            view.training = mode
+        return super().train(mode)
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Reconstruct a sequence of frames.
@@ -107,6 +127,7 @@ class CameraHead(nn.Module):
         pose = self.decoder(aggregated_tokens_list[-1][:, :, 0])
         position, rotation, fov = pose.split([3, 4, 2], dim=-1)
         back = F.normalize(rotation, dim=-1) * rotation.new_tensor([-1, -1, -1, 1])
+        fov = fov.clamp_min(_LEAST_FOV)
         translation = quaternion_to_matrix(back) @ (position[:, :1] - position)[..., None]
         relative = quaternion_product(back, F.normalize(rotation[:, :1], dim=-1))
         relative = torch.where(relative[..., 3:] < 0, -relative, relative)
@@ -169,7 +190,7 @@ class DepthHead(nn.Module):
 
 def is_depth_anything(state: Mapping[str, Tensor]) -> bool:
     """Whether these are a file's weights of Depth Anything 3, of whichever network."""
-    return any(key.startswith(("model.backbone.", "model.da3.")) for key in state)
+    return any(key.startswith(("model.backbone.pretrained.", _NESTED)) for key in state)
 
 
 def build(state: Mapping[str, Tensor]) -> tuple[DepthAnything3, dict[str, Tensor]]:
@@ -179,11 +200,15 @@ def build(state: Mapping[str, Tensor]) -> tuple[DepthAnything3, dict[str, Tensor
         ValueError: a network without cameras, or of unknown size; the message says what is expected instead.
         ImportError: the ``depth-anything-3`` package is missing, or something that it needs.
     """
-    width = state[_WIDTH_OF].shape[-1] if _WIDTH_OF in state else None
-    has_cameras = any(key.startswith(_CAMERAS) for key in state)
-    if width not in _NAMES or not has_cameras:
-        cameras = "cameras" if has_cameras else "no cameras"
-        found = "a nested network" if width is None else f"one with {width} channels and {cameras}"
+    token = state.get(_WIDTH_OF)
+    width = token.shape[2] if token is not None and token.ndim == 3 else None
+    cameras = "cameras" if any(key.startswith(_CAMERAS) for key in state) else "no cameras"
+    if width not in _NAMES or cameras == "no cameras":
+        found = f"one with {width} channels and {cameras}"
+        if width is None:
+            found = f"none of [1, 1, channels] for '{_WIDTH_OF}'"
+        if any(key.startswith(_NESTED) for key in state):
+            found = "a nested network"
         raise ValueError(f"{', '.join(_NAMES.values())}, which predict cameras, got {found}")
     os.environ.setdefault("DA3_LOG_LEVEL", "WARN")  # it would tell standard output how it is built and called
     from depth_anything_3.cfg import create_object, load_config

@@ -86,7 +86,7 @@ def _load_backbone(name: str | os.PathLike[str], shipped_head: bool) -> nn.Modul
         return load_mini("moe" if shipped_head else "single")
     path = Path(name)
     if path.exists():
-        return _load_file(_weights_in(path) if path.is_dir() else path)
+        return _load_file(weights_file(path))
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin") and _HUB_NAME.fullmatch(str(name)):
         return _load_file(_download(str(name)))
     raise ValueError(
@@ -110,11 +110,14 @@ def _check_options(name, tails: dict, mode: str | None, sharpen: int | None, **o
             )
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """A folder's file of weights; any other path is one itself."""
+    if not path.is_dir():
+        return path
     for file in _WEIGHTS:
-        if (folder / file).is_file():
-            return folder / file
-    raise FileNotFoundError(f"there are no weights in {folder}: expected one of {', '.join(_WEIGHTS)}")
+        if (path / file).is_file():
+            return path / file
+    raise FileNotFoundError(f"there are no weights in {path}: expected one of {', '.join(_WEIGHTS)}")
 
 
 def _download(name: str) -> Path:
@@ -212,8 +215,9 @@ def _depth_anything(path: Path, state: dict[str, Tensor]) -> nn.Module:
 def _with_weights(path: Path, architecture: str, model: nn.Module, found: dict[str, Tensor]) -> nn.Module:
     wanted = model.state_dict()
     # Safetensors hold what several names share once, under one of them.
-    shared = {wanted[key].data_ptr(): found[key] for key in wanted if key in found}
-    found = {key: shared[value.data_ptr()] for key, value in wanted.items() if value.data_ptr() in shared} | found
+    places = {key: (value.data_ptr(), value.shape) for key, value in wanted.items()}
+    shared = {place: found[key] for key, place in places.items() if key in found}
+    found = {key: shared[place] for key, place in places.items() if place in shared} | found
     different = sorted(found.keys() ^ wanted.keys())
     different += sorted(key for key in found.keys() & wanted.keys() if found[key].shape != wanted[key].shape)
     if different:

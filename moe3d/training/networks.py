@@ -44,8 +44,8 @@ def set_trainable(model: nn.Module, part: str, cameras: bool) -> None:
 
     Args:
         part: "head" (the mixture), "decoder" (the depth head, and with ``cameras`` the camera head) or "all" (the
-            backbone, too). Heads that no loss reaches stay frozen, and so does what the model itself holds fixed
-            (DINOv2's mask token in VGGT).
+            backbone, too). What no loss reaches stays frozen (other heads, the depth head's other branches in Depth
+            Anything 3), and so does what the model itself holds fixed (DINOv2's mask token in VGGT).
     """
     fixed = [p for p in model.parameters() if not p.requires_grad]
     model.requires_grad_(False).eval()
@@ -57,6 +57,8 @@ def set_trainable(model: nn.Module, part: str, cameras: bool) -> None:
         learning.append(model.get_submodule("aggregator"))
     for module in learning:
         module.requires_grad_(True).train()
+    for branch in depth_head.other_branches():
+        branch.requires_grad_(False).eval()
     for parameter in fixed:
         parameter.requires_grad_(False)
 

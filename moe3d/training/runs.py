@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.state import PartialState
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moe3d.atomic import whole_file
@@ -145,10 +145,13 @@ def _export(trainer: Trainer, options: RunOptions) -> None:
 
 
 def _save_model(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     if isinstance(model, MiniVGGT):
         save_mini(model, path)
         return
+    once: dict[tuple, tuple[str, Tensor]] = {}  # what several names share, as in Depth Anything 3, under the first
+    for key, value in model.state_dict().items():
+        once.setdefault((value.data_ptr(), value.shape), (key, value.contiguous()))
     with whole_file(path) as unfinished:
-        save_model(model, str(unfinished))  # what several names share, as in Depth Anything 3, once
+        save_file(dict(once.values()), unfinished)

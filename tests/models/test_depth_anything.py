@@ -20,10 +20,11 @@ from moe3d.cli import model as model_options
 from moe3d.data.synthetic import SyntheticDataset
 from moe3d.geometry import decode_pose
 from moe3d.integrations import patched_heads
-from moe3d.models import DepthAnything3, input_width, load_model
+from moe3d.models import DepthAnything3, depth_anything, input_width, load_model
 from moe3d.reconstruct import load_images
 from moe3d.reconstruct.frames import find_scenes
 from moe3d.training.features import FeatureNetwork, front_features
+from moe3d.training.networks import set_trainable
 from support import da3
 from support.pictures import photo
 
@@ -159,6 +160,18 @@ def test_the_gaussians_of_the_giant_are_left_out(file, tmp_path):
     assert not any("gs_" in name for name in load_model(tmp_path / "giant.safetensors").state_dict())
 
 
+@pytest.mark.parametrize(("width", "blocks"), [(768, 12), (1024, 24), (1536, 40)])
+def test_the_large_networks_are_built_without_gaussians(monkeypatch, width, blocks):
+    """Without memory for their weights."""
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **options: linspace(*args, **options | {"device": "cpu"}))
+    state = {"model.backbone.pretrained.cls_token": torch.zeros(1, 1, width), "model.cam_dec.fc_t.bias": torch.zeros(3)}
+    with torch.device("meta"):
+        built, _ = depth_anything.build(state)
+    assert len(built.aggregator.frame_blocks) == blocks
+    assert built.model.gs_head is None and built.model.gs_adapter is None
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -169,11 +182,19 @@ def test_the_gaussians_of_the_giant_are_left_out(file, tmp_path):
             "must hold the weights of one of da3-small, da3-base, .*, got one with 100 channels and cameras",
         ),
         (
+            lambda w: w | {"model.backbone.pretrained.cls_token": torch.zeros(())},
+            r"got none of \[1, 1, channels\] for 'model.backbone.pretrained.cls_token'",
+        ),
+        (
+            lambda w: {"model.backbone.conv_encoder.weight": torch.zeros(3)},
+            "a VGGT or a Depth Anything 3, got none for",
+        ),
+        (
             lambda w: w | {"model.head.norm.weight": torch.zeros(5)},
             r"does not fit Depth Anything 3's architecture: 1 tensors differ, .* \[5\] in the file, \[768\] in",
         ),
     ],
-    ids=["without cameras", "nested", "unknown size", "another shape"],
+    ids=["without cameras", "nested", "unknown size", "damaged", "another family", "another shape"],
 )
 def test_other_networks_are_refused(file, tmp_path, change, says):
     save_file(change(load_file(file)), tmp_path / "a.safetensors")
@@ -224,7 +245,9 @@ def test_eval_judges_its_head_beside_the_stock_one(file, head_file, tmp_path, mo
     "how",
     [
         ["--train", "decoder"],
+        ["--train", "all", "--precision", "bf16"],
         ["--recipe", "best"],
+        ["--recipe", "best", "--image-gate", "none"],
         ["--recipe", "best", "--cache-features", "cache", "--cache-scenes", "2"],
     ],
     ids=str,
@@ -233,9 +256,9 @@ def test_a_head_is_trained_and_loads(file, tmp_path, monkeypatch, how):
     monkeypatch.chdir(tmp_path)
     options = "--size 28x42 --frames 2 --steps 2 --workers 0 --lr 1e-3 --gate-hidden 8 --validation-scenes 1 --out out"
     assert main(["train", "--dataset", "synthetic", "--model", str(file), *options.split(), *how]) == 0
-    if "decoder" not in how:
+    if "--train" not in how:
         tail = patched_heads(load_model(file, "out/head.safetensors"))["depth"].tail
-        assert (tail.image_gate.option, tail.sharpen) == ("guided", 4)
+        assert (tail.image_gate is None, tail.sharpen) == ("none" in how, 4)
         return
     trained = load_model("out/model.safetensors", "out/head.safetensors")
     before = load_file(file)
@@ -244,4 +267,53 @@ def test_a_head_is_trained_and_loads(file, tmp_path, monkeypatch, how):
         for name, value in trained.state_dict().items()
         if name in before and not torch.equal(value, before[name])
     }
-    assert changed == {"head", "cam_dec"}
+    assert changed == {"head", "cam_dec"} | ({"backbone"} if "all" in how else set())
+
+
+@pytest.mark.parametrize("part", ["head", "decoder", "all"])
+def test_what_learns_is_what_the_losses_reach(model, part):
+    """Else processes that train together wait for gradients that never come."""
+    moe3d.patch(model, 3, gate_hidden=8, return_experts=True)
+    set_trainable(model, part, cameras=True)
+    predictions = model(images(2, 3))
+    losses = [predictions[key] for key in ("depth", "depth_entropy", "depth_weights", "depth_hypotheses", "pose_enc")]
+    sum(loss.square().sum() for loss in losses).backward()
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert not [name for name, p in learning.items() if p.grad is None]
+    parts = {name.split(".")[1] for name in learning}
+    assert parts == {"head": {"head"}, "decoder": {"head", "cam_dec"}, "all": {"head", "cam_dec", "backbone"}}[part]
+
+
+def test_the_views_go_where_the_model_goes(model, network):
+    views = [model.aggregator, model.camera_head, model.depth_head]
+    for training in (True, False):
+        model.train(training)
+        assert [view.training for view in views] == [training] * 3
+    model.model = copy.deepcopy(network)
+    assert model.depth_head.head is model.model.head and model.aggregator.backbone is model.model.backbone
+
+
+@torch.no_grad()
+def test_under_autocast_it_says_what_the_network_says(model, network):
+    """As on a GPU: the backbone in bfloat16, the heads in float32."""
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = of_the_network(network, images(1, 3)), model(images(1, 3))
+    for name, value in (("depth", expected.depth[..., None]), ("depth_conf", expected.depth_conf)):
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], value)
+    torch.testing.assert_close(decode_pose(found["pose_enc"], SIZE)[1], expected.intrinsics.float())
+
+
+@torch.no_grad()
+def test_a_field_of_view_of_nothing_is_what_the_network_makes_of_it(model):
+    torch.nn.init.constant_(model.model.cam_dec.fc_fov[0].bias, -100.0)
+    found, expected = model(images(1, 2)), of_the_network(model.model, images(1, 2))
+    torch.testing.assert_close(decode_pose(found["pose_enc"], SIZE)[1], expected.intrinsics, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "missing"), [(da3.metric_network, "cam_dec"), (da3.nested_network, "backbone, head, cam_dec")]
+)
+def test_networks_without_cameras_are_refused(make, missing):
+    with pytest.raises(ValueError, match=f"that predicts cameras, got .*Net without {missing}$"):
+        DepthAnything3(make())
