@@ -329,6 +329,22 @@ def test_resuming_with_other_settings_or_damaged_frames(start, photos, tmp_path,
     assert code == 0 and summary["resumed"] == 4
 
 
+def test_resuming_with_other_weights_in_the_same_folder(small_weights, photos, tmp_path, capsys):
+    weights, _ = small_weights
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    shutil.copy(weights, folder / "model.safetensors")
+    command = ["reconstruct", str(photos / "img1.png"), "--model", str(folder), "--width", str(WIDTH), "--json"]
+    command += ["--export", "npz", "--out", str(tmp_path / "out"), "--resume"]
+    resumed = []
+    for changed in (False, False, True):
+        if changed:
+            os.utime(folder / "model.safetensors", ns=(0, 0))
+        assert main(command) == 0
+        resumed.append(json.loads(capsys.readouterr().out)["resumed"])
+    assert resumed == [0, 1, 0]
+
+
 def test_a_finished_run_is_resumed_without_the_model(start, photos, tmp_path, monkeypatch):
     assert start(photos, "--export", "npz")[0] == 0
     monkeypatch.setattr(command, "load", lambda *args, **kwargs: pytest.fail("the frames are there"))
