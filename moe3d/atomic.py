@@ -30,7 +30,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     # Cut, because a name may be as long as the file system allows already.
     unfinished = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
     try:
+        unfinished.touch()
+        permissions = unfinished.stat().st_mode  # those of any new file; safetensors' own would be the owner's alone
+        unfinished.unlink()
         yield unfinished
+        unfinished.chmod(permissions)
         with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)

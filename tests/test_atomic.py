@@ -6,6 +6,8 @@ import os
 import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moe3d.atomic import output_folder, whole_file
 
@@ -37,6 +39,14 @@ def test_an_unfinished_file_leaves_the_old_one(tmp_path, error):
         unfinished.write_text("ne")
         raise error
     assert _tree(tmp_path) == {"a.bin": "old"}
+
+
+def test_a_file_is_as_open_as_any_new_one(tmp_path):
+    """Whatever its writer thinks: safetensors' is for the owner alone."""
+    (tmp_path / "plain").write_text("")
+    with whole_file(tmp_path / "a.safetensors") as unfinished:
+        save_file({"a": torch.ones(3)}, unfinished)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_file_may_have_the_longest_of_names(tmp_path):
