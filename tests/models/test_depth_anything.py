@@ -286,9 +286,9 @@ def test_what_learns_is_what_the_losses_reach(model, part):
 
 def test_the_views_go_where_the_model_goes(model, network):
     views = [model.aggregator, model.camera_head, model.depth_head]
-    for training in (True, False):
-        model.train(training)
-        assert [view.training for view in views] == [training] * 3
+    assert [view.training for view in views] == [model.training] * 3 == [False] * 3
+    model.train()
+    assert [view.training for view in views] == [model.training] * 3 == [True] * 3
     model.model = copy.deepcopy(network)
     assert model.depth_head.head is model.model.head and model.aggregator.backbone is model.model.backbone
 
