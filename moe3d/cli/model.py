@@ -10,11 +10,11 @@ from torch import nn
 
 from moe3d.cli.arguments import integer
 from moe3d.models import input_width, load_model
+from moe3d.models.mini import PATCH_SIZE
 from moe3d.ops.dispatch import AUTO, NAMES
 from moe3d.ops.mixture import MODES
 from moe3d.ops.types import PRECISIONS
 
-PATCH = 14  # pixels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME_HELP = "'mini', a name on the Hugging Face hub (facebook/VGGT-1B, depth-anything/DA3-BASE) or a path"
 OPTIONS = ("head", "mode", "sharpen", "backend", "precision", "device", "dtype", "width")
@@ -45,7 +45,7 @@ def add_model_arguments(add: Callable) -> None:
     )
     add(
         "--width",
-        type=integer(PATCH, multiple_of=PATCH),
+        type=integer(PATCH_SIZE, multiple_of=PATCH_SIZE),
         metavar="PIXELS",
         help="of the images that the model gets (default: 224 for mini, 504 for Depth Anything 3, 518 for VGGT)",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe3d.functional import moe_head
-from moe3d.integrations.dpt import refuse_tail
+from moe3d.integrations.dpt import refuse_tail, require_image_resolution
 from moe3d.nn import MoEHead, check_conv_block
 from moe3d.ops.types import MoEOutput
 from moe3d.position import position_tables
@@ -332,11 +332,7 @@ def _check_images(model: Any, name: str, head: Any) -> None:
             "image_gate and sharpen need a model that gives its head the images, as moe3d.models.DepthAnything3 does, "
             f"got {type(model).__name__}"
         )
-    if head.down_ratio != 1:
-        raise ValueError(
-            f"image_gate and sharpen need predictions at the image's own resolution, but {name} has "
-            f"down_ratio={head.down_ratio}"
-        )
+    require_image_resolution(name, head)
 
 
 def _translate(name: str, attribute: str, head: Any, names: dict[str, str]) -> str:

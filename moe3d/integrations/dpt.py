@@ -190,6 +190,15 @@ def check_head(name: str, head: Any) -> None:
         raise ValueError(f"model.{name}.scratch.output_conv2: {error}") from None
 
 
+def require_image_resolution(name: str, head: Any) -> None:
+    """ValueError unless a head predicts at the image's own resolution, as what looks at the image needs it."""
+    if head.down_ratio != 1:
+        raise ValueError(
+            f"image_gate and sharpen need predictions at the image's own resolution, but {name} has "
+            f"down_ratio={head.down_ratio}"
+        )
+
+
 def patch_head(head: Any, tail: MoEHead, optimize_head: bool = True, head_dtype: torch.dtype | None = None) -> None:
     """Swap the class of a checked stock head and put the tail in place of its output block."""
     head.stock_class = type(head)

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe3d.integrations.dpt import PatchedDPTHead, check_head, patch_head, unpatch_head
+from moe3d.integrations.dpt import (
+    PatchedDPTHead,
+    check_head,
+    patch_head,
+    require_image_resolution,
+    unpatch_head,
+)
 from moe3d.nn import MoEHead
 
 HEADS = ("depth", "point")
@@ -72,11 +78,8 @@ def patch_vggt(
         if isinstance(head, PatchedDPTHead):
             raise ValueError(f"model.{name} is already patched: call unpatch_vggt(model) first")
         check_head(name, head)
-        if (image_gate or sharpen) and head.down_ratio != 1:
-            raise ValueError(
-                f"image_gate and sharpen need predictions at the image's own resolution, but model.{name} has "
-                f"down_ratio={head.down_ratio}"
-            )
+        if image_gate or sharpen:
+            require_image_resolution(f"model.{name}", head)
     tails = {
         name: _tail(
             _unwrapped(getattr(model, name)),
